@@ -1,0 +1,200 @@
+"""Every setting of every stage: frozen dataclasses, a preset (YAML) over them, `section.key=value` over that.
+
+    config = load_config("jobs/presets/demo.yaml", ["train.steps=100"])
+
+A field declared with `setting(..., affects_result=False)` says how to compute, not what: it stays out of
+the fingerprints, so changing it re-runs nothing. `__post_init__` checks and never edits.
+"""
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from model.gpt import ModelConfig
+from model.optimizer import OptimizerConfig
+from model.settings import require, setting
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    kind: str = setting("python-docs", "where documents come from: python-docs, files or openwebtext")
+    paths: list[str] = setting([], "for files: files, folders or globs, local or s3://; the ending says the format")
+    text_column: str = setting("text", "for .jsonl and .parquet: the column that holds the text")
+    revision: str = setting("main", "for openwebtext: the hub revision (a commit hash pins it)")
+
+    def __post_init__(self) -> None:
+        kinds = ("python-docs", "files", "openwebtext")
+        require(self.kind in kinds, f"source.kind is {self.kind!r}; it can be {', '.join(kinds)}.")
+        require(self.kind != "files" or bool(self.paths), "source.kind=files needs source.paths.")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    kind: str = setting("bpe", "bpe (trained on the corpus), char, or a name tiktoken knows, such as gpt2")
+    vocabulary_size: int = setting(8192, "for bpe and char: the number of tokens, special and byte tokens included")
+
+    def __post_init__(self) -> None:
+        require(
+            self.vocabulary_size >= 257,
+            "tokenizer.vocabulary_size must be at least 257 (256 bytes and the end of text).",
+        )
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    validation_fraction: float = setting(0.01, "share of documents, chosen by a hash of their text, held out")
+    shard_tokens: int = setting(50_000_000, "about how many tokens one Parquet shard holds")
+
+    def __post_init__(self) -> None:
+        require(0 < self.validation_fraction < 1, "prepare.validation_fraction must lie between 0 and 1.")
+        require(self.shard_tokens > 0, "prepare.shard_tokens must be positive.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    run: str = setting("", "a fixed name for the run's folder; empty: named by its fingerprint")
+    steps: int = setting(1000, "optimizer steps")
+    batch_tokens: int = setting(262_144, "tokens per optimizer step, over all workers")
+
+    def __post_init__(self) -> None:
+        require(self.steps > 0, "train.steps must be positive.")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    max_tokens: int = setting(10_000_000, "validation tokens scored at most; 0 scores all of them")
+
+    def __post_init__(self) -> None:
+        require(self.max_tokens >= 0, "evaluate.max_tokens cannot be negative.")
+
+
+@dataclass(frozen=True)
+class RegisterConfig:
+    model_name: str = setting("", "the registered model's name in MLflow; empty: the pipeline's name")
+    alias: str = setting("champion", "the alias that the new version takes", affects_result=False)
+
+    def __post_init__(self) -> None:
+        require(bool(self.alias), "register.alias cannot be empty.")
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    host: str = setting("127.0.0.1", "the address the endpoint listens on", affects_result=False)
+    port: int = setting(8000, "the port the endpoint listens on", affects_result=False)
+
+    def __post_init__(self) -> None:
+        require(0 < self.port < 65536, "serve.port must lie between 1 and 65535.")
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = setting("gpt", "the pipeline's name: its folder under storage, its MLflow experiment, its model")
+    storage: str = setting("artifacts", "the storage root: a local folder or s3://bucket/prefix", affects_result=False)
+    seed: int = setting(1337, "seeds the weights, the dropout and the order of the data")
+    source: SourceConfig = field(default_factory=SourceConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    register: RegisterConfig = field(default_factory=RegisterConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}", self.name) is not None,
+            f"name is {self.name!r}; use up to 63 lower-case letters, digits, '.', '_' and '-', starting with a letter or digit.",
+        )
+
+
+def load_config(preset: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a preset over the defaults, then `section.key=value` overrides over the preset.
+
+    Raises `ValueError` with one sentence that names the setting, and a suggestion where one is near.
+    """
+    tree = OmegaConf.structured(Config)
+    try:
+        if preset is not None:
+            if not Path(preset).is_file():
+                presets = ", ".join(sorted(str(path) for path in Path("jobs/presets").glob("*.yaml")))
+                raise ValueError(f"There is no preset {str(preset)!r}; the presets here are: {presets or 'none'}.")
+            loaded = yaml.safe_load(Path(preset).read_text(encoding="utf-8"))
+            require(
+                loaded is None or isinstance(loaded, dict),
+                f"The preset {str(preset)!r} is not a YAML mapping of settings.",
+            )
+            for key in _flatten(loaded or {}):
+                _check_key(key)
+            tree = OmegaConf.merge(tree, OmegaConf.create(loaded or {}))
+        for override in overrides:
+            key, equals, _ = override.partition("=")
+            require(bool(equals), f"{override!r} is not a setting; write section.key=value.")
+            _check_key(key)
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+        config = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "a setting"
+        raise ValueError(f"{key}: {str(error).splitlines()[0]}.") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"Not valid YAML: {' '.join(str(error).split())}.") from None
+    assert isinstance(config, Config)
+    return config
+
+
+def describe_settings() -> list[tuple[str, Any, str]]:
+    """List every setting as (dotted key, default, meaning), in declaration order."""
+    rows = []
+    defaults = Config()
+    for key_field in dataclasses.fields(Config):
+        value = getattr(defaults, key_field.name)
+        if dataclasses.is_dataclass(value):
+            rows += [
+                (f"{key_field.name}.{leaf.name}", getattr(value, leaf.name), leaf.metadata.get("meaning", ""))
+                for leaf in dataclasses.fields(value)
+            ]
+        else:
+            rows.append((key_field.name, value, key_field.metadata.get("meaning", "")))
+    return rows
+
+
+def result_settings(section: Any) -> dict[str, Any]:
+    """Return the settings of one section that decide its result: what a fingerprint is made of."""
+    return {
+        leaf.name: getattr(section, leaf.name)
+        for leaf in dataclasses.fields(section)
+        if leaf.metadata.get("affects_result", True)
+    }
+
+
+def to_yaml(config: Config) -> str:
+    """Write the resolved config as YAML that `load_config` reads back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def _flatten(tree: dict[Any, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and prefix == "":
+            keys += _flatten(value, f"{key}.")
+        else:
+            keys.append(key)
+    return keys
+
+
+def _check_key(key: str) -> None:
+    known = [row[0] for row in describe_settings()]
+    sections = {row.partition(".")[0] for row in known if "." in row}
+    if key in known or key in sections:
+        return
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    hint = f" Did you mean {near[0]!r}?" if near else " See --help for all of them."
+    raise ValueError(f"There is no setting {key!r}.{hint}")

@@ -141,17 +141,21 @@ class Artifact:
         """The path of one file, as the artifact's file system names it."""
         return posixpath.join(self.path, check_relative(name, self.url))
 
-    def manifest(self) -> Manifest | None:
-        """Read the manifest, or None while the artifact is not done; raises `ValueError` if it is another's."""
+    def any_manifest(self) -> Manifest | None:
+        """Read the manifest whatever its fingerprint, or None while there is none."""
         try:
             text = self.filesystem.cat_file(self.file(MANIFEST)).decode("utf-8", errors="replace")
         except FileNotFoundError:
             return None
-        manifest = Manifest.from_json(text, self.url)
-        if manifest.fingerprint != self.fingerprint:
+        return Manifest.from_json(text, self.url)
+
+    def manifest(self) -> Manifest | None:
+        """Read the manifest, or None while the artifact is not done; raises `ValueError` if it is another's."""
+        manifest = self.any_manifest()
+        if manifest is not None and manifest.fingerprint != self.fingerprint:
             raise ValueError(
-                f"{self.url} was made with other settings: {describe_difference(manifest, self.fingerprint)}"
-                f" Choose another name, or delete that folder."
+                f"{self.url} was made with other settings (its fingerprint is {manifest.fingerprint},"
+                f" not {self.fingerprint}); choose another name, or delete that folder."
             )
         return manifest
 
@@ -228,7 +232,10 @@ class Artifact:
         return records
 
     def download(self, folder: Path, records: Mapping[str, FileRecord] | None = None) -> Path:
-        """Copy the artifact's files to a local folder and check each digest; raises `ValueError` naming the damaged file."""
+        """Copy the artifact's files to a local folder and check each digest.
+
+        Raises `ValueError` naming the file that is missing or damaged.
+        """
         if records is None:
             manifest = self.manifest()
             if manifest is None:
@@ -251,9 +258,12 @@ class Artifact:
                 self.filesystem.rm(path, recursive=True)
 
 
-def artifact_at(storage: str, name: str, stage: str, stage_fingerprint: str) -> Artifact:
-    """Name the artifact of one stage of one pipeline; nothing is read or made."""
-    url = posixpath.join(resolve_storage(storage), name, f"{stage}-{stage_fingerprint}")
+def artifact_at(storage: str, name: str, stage: str, stage_fingerprint: str, folder: str = "") -> Artifact:
+    """Name the artifact of one stage of one pipeline; nothing is read or made.
+
+    Its folder is named by the fingerprint, or by `folder` where a person chose a name.
+    """
+    url = posixpath.join(resolve_storage(storage), name, f"{stage}-{folder or stage_fingerprint}")
     return Artifact(url=url, stage=stage, fingerprint=stage_fingerprint)
 
 
@@ -292,10 +302,8 @@ def check_digest(path: Path, record: FileRecord, where: str) -> None:
         )
 
 
-def describe_difference(manifest: Manifest, wanted: str | Mapping[str, Any]) -> str:
+def describe_difference(manifest: Manifest, wanted: Mapping[str, Any]) -> str:
     """Say in one line which settings differ from those of a manifest."""
-    if isinstance(wanted, str):
-        return f"its fingerprint is {manifest.fingerprint}, not {wanted}."
     rows = [
         f"{key} was {manifest.settings.get(key)!r} and is now {wanted.get(key)!r}"
         for key in sorted({*manifest.settings, *wanted})

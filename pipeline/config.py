@@ -70,9 +70,14 @@ class TrainConfig:
 @dataclass(frozen=True)
 class EvaluateConfig:
     max_tokens: int = setting(10_000_000, "validation tokens scored at most; 0 scores all of them")
+    batch_sequences: int = setting(16, "sequences scored at once", affects_result=False)
+    prompts: list[str] = setting(["The ", "In the year", "She said"], "what the model completes for its samples")
+    sample_tokens: int = setting(100, "tokens in each sample")
 
     def __post_init__(self) -> None:
         require(self.max_tokens >= 0, "evaluate.max_tokens cannot be negative.")
+        require(self.batch_sequences > 0, "evaluate.batch_sequences must be positive.")
+        require(self.sample_tokens > 0, "evaluate.sample_tokens must be positive.")
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,8 @@ class Config:
     def __post_init__(self) -> None:
         require(
             re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}", self.name) is not None,
-            f"name is {self.name!r}; use up to 63 lower-case letters, digits, '.', '_' and '-', starting with a letter or digit.",
+            f"name is {self.name!r}; use up to 63 lower-case letters, digits, '.', '_' and '-',"
+            " starting with a letter or digit.",
         )
 
 

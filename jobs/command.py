@@ -1,0 +1,143 @@
+"""What every job does around its one call: the environment, the arguments, Ray, and errors in one sentence."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+# What Ray and MLflow read when they are imported. A value that the user has set stays.
+ENVIRONMENT = {
+    # Unset, a local ray.init() leaves a token in the home folder that a later `ray start` trips over.
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every print of a training worker appears twice
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # a wrong guess of the elastic policy costs this long
+    "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # the default, 32, is 32 processes to read a few footers
+    "RAY_DATA_PARQUET_BIN_PACKING_BYTES": "16777216",  # blocks small enough to keep every core busy
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+class Command:
+    """The command line of one job: a preset, `section.key=value` settings, and the job's own options.
+
+    command = Command(__doc__)
+    command.parser.add_argument("--from", dest="first")
+    sys.exit(command.main(lambda config, options: ...))
+    """
+
+    def __init__(self, description: str | None, *, needs_preset: bool = True) -> None:
+        self.parser = argparse.ArgumentParser(
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        preset_count = None if needs_preset else "?"
+        self.parser.add_argument("preset", nargs=preset_count, help="a YAML file, such as jobs/presets/demo.yaml")
+        self.parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings over the preset")
+        self.parser.add_argument("--verbose", action="store_true", help="show Ray's own logs, and tracebacks")
+
+    def main(self, run: Callable[["Config", argparse.Namespace], int | None], argv: Sequence[str] | None = None) -> int:
+        """Parse, load the config, call `run`; returns the exit status: 2 for what the user can mend."""
+        set_environment()
+        from pipeline.config import describe_settings, load_config
+
+        self.parser.epilog = "settings, with their defaults:\n" + "\n".join(
+            f"  {key:<36} {meaning} [{json.dumps(default)}]" for key, default, meaning in describe_settings()
+        )
+        options, unknown = self.parser.parse_known_args(argv)
+        stray = [word for word in unknown if word.startswith("-")]
+        if stray:
+            self.parser.error(f"there is no option {stray[0]}")
+        words = [*options.settings, *unknown]
+        if options.preset is not None and "=" in options.preset:
+            words.insert(0, options.preset)
+            options.preset = None
+        try:
+            return run(load_config(options.preset, words), options) or 0
+        except KeyboardInterrupt:
+            print("\nStopped. What was finished is kept; the same command goes on from there.", file=sys.stderr)
+            return 130
+        except Exception as error:
+            sentence = explain(error)
+            if options.verbose or sentence is None:
+                traceback.print_exception(error)
+            print(f"error: {sentence or f'{type(error).__name__}: {error}'}", file=sys.stderr)
+            return 1 if sentence is None else 2
+
+
+def set_environment() -> None:
+    """Give Ray and MLflow the defaults that this project needs; call it before importing either."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def explain(error: BaseException) -> str | None:
+    """Find the sentence for the user inside an error, through the wrappers that Ray puts around it."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        found = waiting.pop(0)
+        if found is None or id(found) in seen:
+            continue
+        seen.add(id(found))
+        cause = getattr(found, "cause", None)
+        failures = getattr(found, "worker_failures", None) or {}
+        inner = [*failures.values()] + ([cause] if isinstance(cause, BaseException) else []) + [found.__cause__]
+        inner = [each for each in inner if each is not None]
+        if not inner and isinstance(found, (ValueError, OSError, ConnectionError, ModuleNotFoundError)):
+            return " ".join(str(found).split())
+        waiting += inner
+    return None
+
+
+@contextmanager
+def ray_session(verbose: bool = False) -> Iterator[None]:
+    """Join the cluster at RAY_ADDRESS, or start Ray on this machine; leaves it at the end."""
+    import ray
+
+    logging.getLogger("ray").setLevel(logging.INFO if verbose else logging.ERROR)
+    if not verbose:
+        # Ray and MLflow warn about their own future; a user of this project can do nothing about it.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(ray|mlflow)\.")
+    address = os.environ.get("RAY_ADDRESS")
+    arguments: dict[str, object] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
+    if address:
+        arguments["address"] = address
+    else:
+        # Two workers and the tasks beside them need two logical CPUs even where there is one core.
+        arguments |= {"address": "local", "num_cpus": max(2, os.cpu_count() or 1), "include_dashboard": True}
+    try:
+        ray.init(**arguments)
+    except ConnectionError as error:
+        raise ValueError(f"No Ray cluster answers at RAY_ADDRESS={address}: {error}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run_stage(stage: str, description: str | None, argv: Sequence[str] | None = None) -> int:
+    """Be the whole command of one stage: its inputs must be done, and it is skipped when it is done itself."""
+
+    def run(config: "Config", options: argparse.Namespace) -> None:
+        with ray_session(options.verbose):
+            from pipeline import orchestrator
+
+            orchestrator.run(config, only=stage, first=stage if options.again else None)
+
+    command = Command(description)
+    command.parser.add_argument("--again", action="store_true", help="do it again although it is done")
+    return command.main(run, argv)

@@ -1,0 +1,40 @@
+"""Run the whole pipeline: tokenizer, prepare, train, evaluate, register, and on request serve.
+
+    python -m jobs.pipeline jobs/presets/demo.yaml [section.key=value ...] [--from STAGE] [--serve]
+
+Stages that are done with these settings say so and are skipped.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from jobs.command import Command, ray_session
+from pipeline.config import Config
+
+STAGES = ("tokenizer", "prepare", "train", "evaluate", "register")
+
+
+def run(config: Config, options: argparse.Namespace) -> None:
+    with ray_session(options.verbose):
+        from pipeline import orchestrator
+
+        manifests = orchestrator.run(config, first=options.first)
+        print(f"\n{orchestrator.describe_results(manifests)}")
+        if options.serve:
+            from jobs.serve import serve_until_stopped
+
+            serve_until_stopped(config)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    command = Command(__doc__)
+    command.parser.add_argument(
+        "--from", dest="first", choices=STAGES, metavar="STAGE", help=f"re-run from this stage: {', '.join(STAGES)}"
+    )
+    command.parser.add_argument("--serve", action="store_true", help="serve the champion afterwards, until Ctrl-C")
+    return command.main(run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

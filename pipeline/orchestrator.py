@@ -1,0 +1,128 @@
+"""Which stage comes next: every stage in order, each skipped when its artifact is already there.
+
+    tokenizer ─▶ prepare ─▶ train ─▶ evaluate ─▶ register
+
+Only this file knows all stages. A stage's fingerprint hashes its settings and its inputs' fingerprints, so a
+changed setting gives new fingerprints to exactly the stages that depend on it.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+from pipeline import evaluate, prepare, register, tokenizer, train
+from pipeline.artifacts import Artifact, Manifest, artifact_at, describe_difference, fingerprint
+from pipeline.config import Config
+from pipeline.sources import fingerprint_source
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline: what it reads, and the module that does it."""
+
+    name: str
+    inputs: tuple[str, ...]
+    module: ModuleType
+
+
+STAGES = (
+    Stage("tokenizer", ("source",), tokenizer),
+    Stage("prepare", ("source", "tokenizer"), prepare),
+    Stage("train", ("tokenizer", "prepare"), train),
+    Stage("evaluate", ("tokenizer", "prepare", "train"), evaluate),
+    Stage("register", ("tokenizer", "prepare", "train", "evaluate"), register),
+)
+STAGE_NAMES = tuple(stage.name for stage in STAGES)
+
+
+def locate(config: Config) -> dict[str, Artifact]:
+    """Name the artifact of the source and of each stage for this config; reads the source's listing, writes nothing."""
+    source_fingerprint = fingerprint_source(config.source)
+    artifacts = {"source": artifact_at(config.storage, config.name, "source", source_fingerprint)}
+    for stage in STAGES:
+        inputs = {name: artifacts[name].fingerprint for name in stage.inputs}
+        stage_fingerprint = fingerprint(stage.name, stage.module.FORMAT_VERSION, stage.module.settings(config), inputs)
+        folder = config.train.run if stage.name == "train" else ""
+        artifacts[stage.name] = artifact_at(config.storage, config.name, stage.name, stage_fingerprint, folder)
+    return artifacts
+
+
+def run(
+    config: Config,
+    *,
+    first: str | None = None,
+    only: str | None = None,
+    report: Callable[[str], None] = print,
+) -> dict[str, Manifest]:
+    """Run the stages that are not done, in order; return every manifest.
+
+    `first` re-runs that stage and all after it. `only` runs a single stage, whose inputs must be done.
+    Raises `ValueError` where a person can mend it.
+    """
+    artifacts = locate(config)
+    manifests: dict[str, Manifest] = {}
+    start = STAGE_NAMES.index(first) if first else len(STAGES)
+    for position, stage in enumerate(STAGES):
+        artifact = artifacts[stage.name]
+        forced = position >= start or (only == stage.name and first == only)
+        manifest = None if forced else _finished(stage, config, artifact)
+        wanted = only is None or only == stage.name
+        if manifest is None and not wanted:
+            if STAGE_NAMES.index(stage.name) < STAGE_NAMES.index(str(only)):
+                raise ValueError(
+                    f"{only} needs the {stage.name} stage with these settings, which is not done;"
+                    f" run python -m jobs.{stage.name} (or jobs.pipeline) first."
+                )
+            break
+        if manifest is not None:
+            if wanted:
+                report(f"{stage.name:<9} done already: {artifact.url}")
+        else:
+            if forced:
+                artifact.delete()
+            report(f"{stage.name:<9} …")
+            began = time.monotonic()
+            manifest = stage.module.run(config, {name: artifacts[name] for name in stage.inputs}, artifact)
+            report(f"{stage.name:<9} done in {_duration(time.monotonic() - began)}: {artifact.url}")
+        manifests[stage.name] = manifest
+        if only == stage.name:
+            break
+    return manifests
+
+
+def _finished(stage: Stage, config: Config, artifact: Artifact) -> Manifest | None:
+    found = artifact.any_manifest()
+    if found is None:
+        return None
+    if found.fingerprint != artifact.fingerprint:
+        raise ValueError(
+            f"The run {artifact.url} was made with another config:"
+            f" {describe_difference(found, stage.module.settings(config))}"
+            f" Give it another name (train.run), or delete that folder."
+        )
+    # A stage whose result also lives elsewhere (the registry) says whether it is still there.
+    holds: Callable[[Config, Manifest], bool] | None = getattr(stage.module, "still_holds", None)
+    return found if holds is None or holds(config, found) else None
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def describe_results(manifests: Mapping[str, Manifest]) -> str:
+    """Say in a few lines what the pipeline made."""
+    counts = {name: manifest.counts for name, manifest in manifests.items()}
+    lines = []
+    if "prepare" in counts:
+        split = counts["prepare"]["train"]
+        lines.append(f"shards         {split['documents']:,} documents, {split['tokens']:,} tokens to train on")
+    if "train" in counts:
+        lines.append(f"training       {counts['train']['steps']:,} steps, {counts['train']['tokens']:,} tokens")
+    if "evaluate" in counts:
+        lines.append(f"quality        {counts['evaluate']['bits_per_byte']:.3f} bits per byte on held-out text")
+    if "register" in counts:
+        facts = counts["register"]
+        lines.append(f"model          {facts['model_name']} version {facts['version']}, alias {facts['alias']}")
+    return "\n".join(lines)

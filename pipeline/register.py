@@ -1,0 +1,120 @@
+"""Make the trained model a version of the registered model in MLflow, and point the alias at it.
+
+python -m jobs.register jobs/presets/demo.yaml
+"""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+import model
+from pipeline import tracking
+from pipeline.artifacts import Artifact, Manifest
+from pipeline.config import Config, result_settings
+
+FORMAT_VERSION = 1
+
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec("string", "prompt")]),
+    outputs=Schema([ColSpec("string")]),
+    params=ParamSchema(
+        [
+            ParamSpec("max_tokens", "long", 64),
+            ParamSpec("temperature", "double", 0.8),
+            ParamSpec("top_k", "long", 50),
+            ParamSpec("top_p", "double", 1.0),
+            ParamSpec("seed", "long", 0),
+        ]
+    ),
+)
+
+
+def settings(config: Config) -> dict[str, Any]:
+    return result_settings(config.register) | {"model_name": model_name(config)}
+
+
+def model_name(config: Config) -> str:
+    """The registered model's name: as set, or the pipeline's."""
+    return config.register.model_name or config.name
+
+
+def still_holds(config: Config, manifest: Manifest) -> bool:
+    """Tell whether the registry still has this version under this alias."""
+    tracking.connect(config)
+    try:
+        version = mlflow.MlflowClient().get_model_version_by_alias(model_name(config), config.register.alias)
+    except MlflowException:
+        return False
+    return str(version.version) == str(manifest.counts["version"])
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Manifest:
+    """Log the best checkpoint as a model, register it as a new version, move the alias."""
+    trained, evaluated, prepared = (inputs[name].manifest() for name in ("train", "evaluate", "prepare"))
+    assert trained is not None
+    assert evaluated is not None
+    assert prepared is not None
+    tracking.connect(config)
+    client = mlflow.MlflowClient()
+    name = model_name(config)
+    version = find_version(client, name, output.fingerprint)
+    if version is None:
+        tags = {
+            "fingerprint": output.fingerprint,
+            "mlflow_run_id": str(trained.counts["mlflow_run_id"]),
+            "checkpoint_url": f"{inputs['train'].url}/checkpoint",
+            "data_digest": inputs["prepare"].fingerprint,
+            "num_parameters": str(trained.counts["num_parameters"]),
+            "bits_per_byte": f"{evaluated.counts['bits_per_byte']:.5f}",
+        }
+        version = log_version(config, client, inputs["train"], trained, tags)
+    client.set_registered_model_alias(name, config.register.alias, version)
+    return output.commit(
+        format_version=FORMAT_VERSION,
+        settings=settings(config),
+        inputs={key: artifact.fingerprint for key, artifact in inputs.items()},
+        counts={"model_name": name, "version": version, "alias": config.register.alias},
+        files={},
+    )
+
+
+def find_version(client: mlflow.MlflowClient, name: str, fingerprint: str) -> str | None:
+    """Find the version that an earlier register of the same model made, if the registry still has it."""
+    found = client.search_model_versions(f"name = '{name}' and tags.fingerprint = '{fingerprint}'")
+    ready = [version for version in found if version.status == "READY"]
+    return str(max(int(version.version) for version in ready)) if ready else None
+
+
+def log_version(
+    config: Config, client: mlflow.MlflowClient, train: Artifact, trained: Manifest, tags: dict[str, str]
+) -> str:
+    """Copy the checkpoint into MLflow as a pyfunc model (code and safetensors, no pickle) and register it."""
+    name = model_name(config)
+    with tempfile.TemporaryDirectory() as folder:
+        records = {key: record for key, record in trained.files.items() if key.startswith("checkpoint/")}
+        checkpoint = train.download(Path(folder), records) / "checkpoint"
+        with mlflow.start_run(run_id=trained.counts["mlflow_run_id"]):
+            logged = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(Path(__file__).with_name("completion.py")),
+                artifacts={"checkpoint": str(checkpoint)},
+                code_paths=[str(Path(str(model.__file__)).parent)],
+                signature=SIGNATURE,
+                pip_requirements=["torch", "tiktoken", "tokenizers", "safetensors", "numpy"],
+                metadata=tags,
+            )
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    created = client.create_model_version(
+        name, source=logged.model_uri, run_id=trained.counts["mlflow_run_id"], tags=tags, model_id=logged.model_id
+    )
+    return str(created.version)

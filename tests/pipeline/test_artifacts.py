@@ -1,0 +1,108 @@
+import json
+import pickle
+
+import pytest
+
+from pipeline.artifacts import Artifact, artifact_at, find_artifacts, fingerprint
+
+
+def commit(artifact: Artifact, **files: str) -> None:
+    records = {name: artifact.write_text(name, text) for name, text in files.items()}
+    artifact.commit(format_version=1, settings={"steps": 3}, inputs={}, counts={"tokens": 5}, files=records)
+
+
+@pytest.fixture
+def artifact(storage) -> Artifact:
+    return artifact_at(storage, "tiny", "prepare", fingerprint("prepare", 1, {"steps": 3}, {}))
+
+
+def test_an_artifact_is_done_only_after_its_manifest(artifact):
+    artifact.write_text("a.txt", "hello")
+    assert not artifact.is_done
+    commit(artifact)
+    assert artifact.is_done
+
+
+def test_what_was_written_downloads_unchanged(artifact, tmp_path):
+    commit(artifact, **{"train/a.txt": "hello"})
+    assert (artifact.download(tmp_path / "copy") / "train" / "a.txt").read_text() == "hello"
+
+
+def test_a_damaged_file_is_named_with_both_digests(artifact, tmp_path):
+    commit(artifact, **{"a.txt": "hello"})
+    artifact.write_text("a.txt", "jello")
+    with pytest.raises(ValueError, match=r"a\.txt is damaged: its digest is \w+… \(5 bytes\), its manifest says"):
+        artifact.download(tmp_path / "copy")
+
+
+def test_a_missing_file_is_named(artifact, tmp_path):
+    commit(artifact, **{"a.txt": "hello"})
+    artifact.filesystem.rm(artifact.file("a.txt"))
+    with pytest.raises(ValueError, match=r"a\.txt is missing from"):
+        artifact.download(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", "~/x", "", "a//b", "c:/x", "a\\..\\b"])
+def test_a_file_name_that_leaves_the_folder_is_refused(artifact, name):
+    commit(artifact)
+    facts = json.loads(artifact.read_text("manifest.json"))
+    facts["files"][name] = {"bytes": 1, "sha256": "0"}
+    artifact.write_text("manifest.json", json.dumps(facts))
+    with pytest.raises(ValueError, match="outside of itself"):
+        artifact.manifest()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"files": {}}', '{"files": 3}'])
+def test_a_damaged_manifest_is_one_sentence(artifact, text):
+    artifact.write_text("manifest.json", text)
+    with pytest.raises(ValueError, match="is damaged"):
+        artifact.manifest()
+
+
+def test_the_manifest_of_another_config_is_not_taken_for_ours(artifact):
+    commit(artifact)
+    other = Artifact(url=artifact.url, stage="prepare", fingerprint="0" * 20)
+    with pytest.raises(ValueError, match="made with other settings"):
+        other.manifest()
+
+
+def test_a_fingerprint_follows_settings_inputs_and_format_and_nothing_else():
+    base = fingerprint("train", 1, {"a": 1, "b": [2]}, {"prepare": "x"})
+    assert base == fingerprint("train", 1, {"b": (2,), "a": 1}, {"prepare": "x"})
+    changed = {
+        fingerprint("evaluate", 1, {"a": 1, "b": [2]}, {"prepare": "x"}),
+        fingerprint("train", 2, {"a": 1, "b": [2]}, {"prepare": "x"}),
+        fingerprint("train", 1, {"a": 2, "b": [2]}, {"prepare": "x"}),
+        fingerprint("train", 1, {"a": 1, "b": [2]}, {"prepare": "y"}),
+    }
+    assert len(changed | {base}) == 5
+
+
+def test_a_folder_uploads_with_records_of_its_bytes(artifact, tmp_path):
+    folder = tmp_path / "checkpoint"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "a.bin").write_bytes(b"12345")
+    assert artifact.upload(folder, "checkpoint")["checkpoint/deep/a.bin"].bytes == 5
+    assert artifact.list_files() == {"checkpoint/deep/a.bin": 5}
+
+
+def test_all_artifacts_of_a_pipeline_are_found(storage, artifact):
+    commit(artifact)
+    assert list(find_artifacts(storage, "tiny")) == [artifact]
+    assert list(find_artifacts(storage, "another")) == []
+
+
+def test_deleting_leaves_nothing(artifact):
+    commit(artifact, **{"a.txt": "hello"})
+    artifact.delete()
+    assert not artifact.is_done
+    assert artifact.list_files() == {}
+
+
+def test_an_artifact_travels_to_a_worker(artifact):
+    assert pickle.loads(pickle.dumps(artifact)) == artifact
+
+
+def test_other_storage_is_refused_in_one_sentence():
+    with pytest.raises(ValueError, match="Storage on ftp:// is not supported"):
+        artifact_at("ftp://host/x", "tiny", "prepare", "0" * 20).manifest()

@@ -1,0 +1,65 @@
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import describe_settings, load_config, result_settings, to_yaml
+
+
+def write_preset(folder: Path, text: str) -> Path:
+    path = folder / "preset.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_the_command_line_wins_over_the_preset_which_wins_over_the_defaults(tmp_path):
+    preset = write_preset(tmp_path, "name: tiny\ntrain:\n  steps: 7\n  batch_tokens: 512\n")
+    config = load_config(preset, ["train.steps=9"])
+    assert (config.name, config.train.steps, config.train.batch_tokens) == ("tiny", 9, 512)
+    assert config.tokenizer.kind == "bpe"
+
+
+def test_the_resolved_config_reads_back_as_itself(tmp_path):
+    config = load_config(None, ["train.steps=9", "source.kind=files", "source.paths=[a.txt,b.jsonl]"])
+    assert load_config(write_preset(tmp_path, to_yaml(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.stepz=5", r"There is no setting 'train.stepz'. Did you mean 'train.steps'?"),
+        ("trian.steps=5", r"Did you mean 'train.steps'?"),
+        ("train.steps=many", "train.steps: Value 'many'"),
+        ("train.steps=0", "train.steps must be positive"),
+        ("train", "write section.key=value"),
+        ("name=Not A Name", "lower-case letters"),
+        ("source.kind=web", "it can be python-docs, files"),
+        ("source.kind=files", "needs source.paths"),
+        ("model.family=mamba", "it can be modern or classic"),
+    ],
+)
+def test_a_bad_setting_is_one_sentence(override, sentence):
+    with pytest.raises(ValueError, match=r".") as caught:
+        load_config(None, [override])
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["- a list", "train: {steps: [", "train:\n  stepz: 3"])
+def test_a_bad_preset_is_one_sentence(tmp_path, text):
+    with pytest.raises(ValueError, match=r".") as caught:
+        load_config(write_preset(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_preset_names_those_there_are():
+    with pytest.raises(ValueError, match=r"There is no preset 'nowhere.yaml'"):
+        load_config("nowhere.yaml")
+
+
+def test_every_setting_says_what_it_means():
+    assert [key for key, _, meaning in describe_settings() if not meaning] == []
+
+
+def test_what_does_not_change_the_result_stays_out_of_the_fingerprint():
+    assert "port" not in result_settings(load_config(None).serve)
+    assert "steps" in result_settings(load_config(None).train)

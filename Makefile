@@ -12,6 +12,9 @@ environment: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
+demo: environment
+	$(BIN)/python -m jobs.demo jobs/presets/demo.yaml
+
 test: environment
 	$(BIN)/python -m pytest
 

@@ -1,8 +1,26 @@
-"""GPT, both families."""
+"""GPT in plain PyTorch, two families in one class: classic (GPT-2) and modern (Qwen3-compatible).
 
+Shapes: B sequences, T tokens, C width, H heads, K key-value heads, D channels of a head, V vocabulary.
+
+    model = GPT(ModelConfig(num_layers=4, width=256, num_heads=4), vocab_size=8192)
+    logits = model(tokens)                                  # [B, T, V]
+    nats = model.loss(tokens, targets)                      # a sum, never holding all logits
+    cache = model.new_cache(slots=B); model(tokens, cache)  # then one token at a time
+"""
+
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from model.settings import require, setting
+
+IGNORED = -100  # a target that carries no loss
+VOCABULARY_MULTIPLE = 64  # matrix units of GPUs want whole tiles: 50,257 rows are slower than 50,304
 
 
 @dataclass(frozen=True)
@@ -11,12 +29,463 @@ class ModelConfig:
     num_layers: int = setting(8, "transformer blocks")
     width: int = setting(512, "channels of the residual stream")
     num_heads: int = setting(4, "attention heads")
+    num_kv_heads: int = setting(0, "modern: heads of keys and values, shared by groups of heads; 0: num_heads")
+    head_dim: int = setting(0, "modern: channels of each head; 0: width / num_heads")
+    mlp_width: int = setting(0, "channels inside the MLP; 0: 4 x width (classic), 8/3 x width up to a 128th (modern)")
     context_length: int = setting(1024, "tokens the model sees at once")
     dropout: float = setting(0.0, "classic: share of activations dropped while training")
+    tie_embeddings: bool = setting(False, "one matrix for the token embedding and the head, as GPT-2 has")
+    rope_theta: float = setting(10_000.0, "modern: base of the rotary wavelengths; larger for long contexts")
 
     def __post_init__(self) -> None:
         require(
             self.family in ("modern", "classic"),
             f"model.family is {self.family!r}; it can be modern or classic.",
         )
-        require(self.width % self.num_heads == 0, "model.width must be divisible by model.num_heads.")
+        for name in ("num_layers", "width", "num_heads", "context_length"):
+            require(getattr(self, name) > 0, f"model.{name} must be positive.")
+        for name in ("num_kv_heads", "head_dim", "mlp_width"):
+            require(getattr(self, name) >= 0, f"model.{name} cannot be negative; 0 derives it.")
+        require(0 <= self.dropout < 1, "model.dropout must be at least 0 and below 1.")
+        require(self.rope_theta > 1, "model.rope_theta must be above 1.")
+        if self.family == "classic":
+            require(
+                self.num_kv_heads in (0, self.num_heads) and self.head_dim in (0, self.width // self.num_heads),
+                "model.family=classic is GPT-2, which has no model.num_kv_heads or model.head_dim; leave them 0.",
+            )
+        else:
+            require(
+                self.dropout == 0,
+                "model.family=modern has no dropout; set model.dropout=0, or model.family=classic.",
+            )
+            require(
+                self.num_heads % self.kv_heads == 0,
+                "model.num_heads must be divisible by model.num_kv_heads.",
+            )
+            require(self.channels_per_head % 2 == 0, "model.head_dim must be even: RoPE turns pairs of channels.")
+        require(
+            self.head_dim > 0 or self.width % self.num_heads == 0,
+            "model.width must be divisible by model.num_heads.",
+        )
+
+    @property
+    def is_modern(self) -> bool:
+        return self.family == "modern"
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def channels_per_head(self) -> int:
+        return self.head_dim or self.width // self.num_heads
+
+    @property
+    def mlp_channels(self) -> int:
+        if self.mlp_width:
+            return self.mlp_width
+        # SwiGLU has three matrices where GELU has two: 8/3 keeps the parameters of 4.
+        return math.ceil(8 * self.width / 3 / 128) * 128 if self.is_modern else 4 * self.width
+
+    @property
+    def norm_epsilon(self) -> float:
+        return 1e-6 if self.is_modern else 1e-5
+
+
+class KVCache:
+    """Keys and values of up to `slots` sequences, each at its own length.
+
+    `lengths[slot]` tokens of a slot are filled. `GPT.forward` fills rows 0..B-1 and advances their lengths;
+    an engine with ragged batches names slots and positions itself through `GPT.forward_hidden`.
+    """
+
+    def __init__(
+        self, config: ModelConfig, slots: int, capacity: int, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        shape = (config.num_layers, slots, config.kv_heads, capacity, config.channels_per_head)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = [0] * slots  # on the host, so that no step waits for the device
+
+    @property
+    def slots(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+    def write(
+        self, layer: int, keys: Tensor, values: Tensor, slots: Tensor | None, positions: Tensor, visible: int
+    ) -> tuple[Tensor, Tensor]:
+        """Store keys and values [B, K, T, D] at `positions` [B, T]; return the first `visible` of those rows."""
+        rows = torch.arange(len(keys), device=keys.device) if slots is None else slots
+        stored_keys, stored_values = self.keys[layer], self.values[layer]
+        stored_keys[rows[:, None], :, positions] = keys.transpose(1, 2).to(stored_keys.dtype)
+        stored_values[rows[:, None], :, positions] = values.transpose(1, 2).to(stored_values.dtype)
+        if slots is None:
+            return stored_keys[: len(keys), :, :visible], stored_values[: len(keys), :, :visible]
+        return stored_keys[slots, :, :visible], stored_values[slots, :, :visible]
+
+
+@dataclass
+class AttentionContext:
+    """What every layer's attention needs to know of this forward pass."""
+
+    rotation: tuple[Tensor, Tensor] | None = None  # cosines and sines [B or 1, 1, T, D]
+    mask: Tensor | None = None  # [B, 1, T, keys], true where a query may look; None: causal
+    cache: KVCache | None = None
+    slots: Tensor | None = None
+    positions: Tensor | None = None  # [B, T]
+    visible: int = 0  # keys that the furthest query may see
+
+
+class Attention(nn.Module):
+    """Causal self-attention over one fused projection to queries, keys and values."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.channels_per_head
+        self.dropout = config.dropout
+        bias = not config.is_modern
+        queries, keys = self.num_heads * self.head_dim, self.kv_heads * self.head_dim
+        self.sections = (queries, keys, keys)  # rows of `qkv`: each is a matrix of its own to Muon and to files
+        self.qkv = nn.Linear(config.width, sum(self.sections), bias=bias)
+        self.output = nn.Linear(queries, config.width, bias=bias)
+        if config.is_modern:
+            self.query_norm = nn.RMSNorm(self.head_dim, eps=config.norm_epsilon)
+            self.key_norm = nn.RMSNorm(self.head_dim, eps=config.norm_epsilon)
+
+    def forward(self, x: Tensor, context: AttentionContext, layer: int) -> Tensor:
+        batch, length, _ = x.shape
+        queries, keys, values = (
+            part.view(batch, length, -1, self.head_dim) for part in self.qkv(x).split(self.sections, dim=-1)
+        )
+        if context.rotation is not None:
+            queries, keys = self.query_norm(queries), self.key_norm(keys)
+        queries, keys, values = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
+        if context.rotation is not None:
+            # The norms give float32 under autocast; attention wants one dtype.
+            queries, keys = (rotate(part, *context.rotation).to(values.dtype) for part in (queries, keys))
+        if context.cache is not None:
+            assert context.positions is not None
+            keys, values = context.cache.write(layer, keys, values, context.slots, context.positions, context.visible)
+            keys, values = keys.to(queries.dtype), values.to(queries.dtype)
+        mixed = F.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=context.mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=context.mask is None,
+            enable_gqa=self.kv_heads != self.num_heads,
+        )
+        return self.output(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Turn channel pairs (i, i + D/2) by their position's angle: RoPE in the layout of transformers."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cosines + torch.cat((-second, first), dim=-1) * sines
+
+
+class GeluMLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.width, config.mlp_channels)
+        self.output = nn.Linear(config.mlp_channels, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(F.gelu(self.up(x), approximate="tanh"))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.sections = (config.mlp_channels, config.mlp_channels)  # rows of `gate_up`
+        self.gate_up = nn.Linear(config.width, sum(self.sections), bias=False)
+        self.output = nn.Linear(config.mlp_channels, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).split(self.sections, dim=-1)
+        return self.output(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = build_norm(config)
+        self.attention = Attention(config)
+        self.mlp_norm = build_norm(config)
+        self.mlp = SwiGLU(config) if config.is_modern else GeluMLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, context: AttentionContext, layer: int) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), context, layer))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+def build_norm(config: ModelConfig) -> nn.Module:
+    norm = nn.RMSNorm if config.is_modern else nn.LayerNorm
+    return norm(config.width, eps=config.norm_epsilon)
+
+
+class GPT(nn.Module):
+    cosines: Tensor
+    sines: Tensor
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        require(vocab_size > 1, "a model needs a vocabulary of at least two tokens.")
+        self.config = config
+        self.vocab_size = vocab_size
+        padded_size = math.ceil(vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        self.embedding = nn.Embedding(padded_size, config.width)
+        self.position_embedding = None if config.is_modern else nn.Embedding(config.context_length, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = build_norm(config)
+        self.head = nn.Linear(config.width, padded_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        if config.is_modern:
+            cosines, sines = rotary_table(config)
+            self.register_buffer("cosines", cosines, persistent=False)
+            self.register_buffer("sines", sines, persistent=False)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Draw the weights: GPT-2's scheme (classic), or one that Muon likes (modern)."""
+        config = self.config
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                # Modern: matrices that keep the norm of their input, as orthogonal updates then do.
+                nn.init.normal_(module.weight, std=config.width**-0.5 if config.is_modern else 0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for block in self.blocks:
+            for output in (block.attention.output, block.mlp.output):
+                if config.is_modern:
+                    nn.init.zeros_(output.weight)  # each block starts as the identity
+                else:
+                    nn.init.normal_(output.weight, std=0.02 / math.sqrt(2 * config.num_layers))
+        if config.is_modern and not config.tie_embeddings:
+            nn.init.normal_(self.embedding.weight, std=1.0)  # of the size that blocks add to it
+            nn.init.zeros_(self.head.weight)  # the first prediction is uniform, whatever the width
+        self.clear_padding()
+
+    @torch.no_grad()
+    def clear_padding(self) -> None:
+        """Zero the rows that pad the vocabulary; they get no gradient, so they stay zero."""
+        for weight in (self.embedding.weight, self.head.weight):
+            weight[self.vocab_size :] = 0
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, document_ids: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V]; with a cache, `tokens` go on from what its rows hold."""
+        hidden = self.forward_hidden(tokens, cache=cache, document_ids=document_ids)
+        if cache is not None:
+            for row in range(len(tokens)):
+                cache.lengths[row] += tokens.shape[1]
+        return self.logits(hidden)
+
+    def forward_hidden(
+        self,
+        tokens: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        slots: Tensor | None = None,
+        positions: Tensor | None = None,
+        visible: int | None = None,
+    ) -> Tensor:
+        """The last layer's normalised output [B, T, C], from which `logits` and the loss are computed.
+
+        With a cache, row b's keys go to slot `slots[b]` (row b itself if None) at `positions[b]` (after what the
+        slot holds if None), and its queries see the keys at or before their own position. `visible`, the
+        number of leading positions that any query may see, must be given with `positions`: it is known on the host.
+        So rows of different lengths go in one batch, padded on the right: a padded token writes behind the end,
+        where the next real one overwrites it. Only `forward` advances `cache.lengths`.
+        """
+        length = tokens.shape[1]
+        if cache is not None:
+            assert document_ids is None, "documents are separate slots of a cache"
+            if positions is None:
+                assert slots is None, "slots come with positions"
+                starts = cache.lengths[: len(tokens)]
+                visible = max(starts) + length
+                positions = torch.tensor(starts)[:, None] + torch.arange(length)
+                positions = positions.to(tokens.device, non_blocking=True)
+            assert visible is not None
+            if visible > cache.capacity:
+                raise ValueError(
+                    f"{visible} tokens do not fit the cache of {cache.capacity}; shorten the prompt or max_tokens."
+                )
+            reached = torch.arange(visible, device=tokens.device)
+            mask = (reached <= positions[:, :, None])[:, None]
+            context = AttentionContext(None, mask, cache, slots, positions, visible)
+        else:
+            context = AttentionContext(mask=None if document_ids is None else document_mask(document_ids))
+        if length > self.config.context_length:
+            raise ValueError(
+                f"{length} tokens are more than the model's context of {self.config.context_length}; shorten the text."
+            )
+        x = self.embedding(tokens)
+        if self.position_embedding is not None:
+            weight = self.position_embedding.weight
+            x = self.dropout(x + (weight[:length] if positions is None else weight[positions]))
+        elif positions is None:
+            context.rotation = (self.cosines[:length], self.sines[:length])
+        else:
+            context.rotation = (self.cosines[positions][:, None], self.sines[positions][:, None])
+        for layer, block in enumerate(self.blocks):
+            x = block(x, context, layer)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden)[..., : self.vocab_size]
+
+    def loss(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """Sum of nats over the targets that are not -100; divide by their number for the mean."""
+        hidden = self.forward_hidden(tokens, document_ids=document_ids)
+        return chunked_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten(), self.vocab_size)
+
+    def new_cache(self, slots: int, capacity: int | None = None, dtype: torch.dtype | None = None) -> KVCache:
+        weight = self.embedding.weight
+        return KVCache(self.config, slots, capacity or self.config.context_length, weight.device, dtype or weight.dtype)
+
+    def num_parameters(self) -> int:
+        """Parameters of the true vocabulary: what a checkpoint holds, without padding rows."""
+        return count_parameters(self.config, self.vocab_size)
+
+    def flops_per_token(self) -> int:
+        """Training FLOPs per token; see `flops_per_token`."""
+        return flops_per_token(self.config, self.vocab_size)
+
+    def matrices(self) -> Iterator[tuple[str, nn.Parameter, tuple[int, ...]]]:
+        """The blocks' 2-D weights with the heights of the matrices stacked in each, for Muon."""
+        for number, block in enumerate(self.blocks):
+            stacked = {"attention.qkv": block.attention.sections, "mlp.gate_up": getattr(block.mlp, "sections", ())}
+            for name, module in block.named_modules():
+                if isinstance(module, nn.Linear):
+                    yield f"blocks.{number}.{name}.weight", module.weight, stacked.get(name, (len(module.weight),))
+
+
+def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [context, D] of every position's angles, each half of D the same."""
+    pairs = torch.arange(0, config.channels_per_head, 2, dtype=torch.float32) / config.channels_per_head
+    frequencies = 1.0 / config.rope_theta**pairs
+    angles = torch.outer(torch.arange(config.context_length, dtype=torch.float32), frequencies)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """[B, T] -> [B, 1, T, T]: true where a token may look, itself and earlier ones of its own document."""
+    same = document_ids[:, :, None] == document_ids[:, None, :]
+    length = document_ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
+    return (same & causal)[:, None]
+
+
+def count_parameters(config: ModelConfig, vocab_size: int) -> int:
+    """Parameters without building the model; an untied head counts, padding of the vocabulary does not."""
+    embedding = vocab_size * config.width
+    heads = embedding * (1 if config.tie_embeddings else 2)
+    positions = 0 if config.is_modern else config.context_length * config.width
+    return heads + positions + config.num_layers * sum(block_parameters(config)) + norm_parameters(config)
+
+
+def norm_parameters(config: ModelConfig) -> int:
+    return config.width * (1 if config.is_modern else 2)
+
+
+def block_parameters(config: ModelConfig) -> tuple[int, int]:
+    """One block's parameters: in matrices, and in all else (biases and norms)."""
+    queries = config.num_heads * config.channels_per_head
+    keys = config.kv_heads * config.channels_per_head
+    attention = config.width * (queries + 2 * keys) + queries * config.width
+    if config.is_modern:
+        return attention + 3 * config.width * config.mlp_channels, 2 * config.width + 2 * config.channels_per_head
+    biases = 3 * queries + config.width + config.mlp_channels + config.width
+    return attention + 2 * config.width * config.mlp_channels, 2 * norm_parameters(config) + biases
+
+
+def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
+    """FLOPs of forward and backward per token, PaLM's count (appendix B): 6 per weight of a matrix product, the
+    head included, and 12 L H D T for attention as if it were not causal. Embedding rows are looked up: free.
+    """
+    matrices = config.num_layers * block_parameters(config)[0] + vocab_size * config.width
+    attention = 12 * config.num_layers * config.num_heads * config.channels_per_head * config.context_length
+    return 6 * matrices + attention
+
+
+CHUNK_LOGITS = 2**26  # logits held at once: 128 MiB in bfloat16
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk_tokens: int | None = None
+) -> Tensor:
+    """Sum of nats of `targets` [N] under the head `weight` [V, C] applied to `hidden` [N, C].
+
+    The logits of one chunk of tokens exist at a time. Their gradient is taken on the spot, in the forward
+    pass, so nothing is computed twice: three matrix products per chunk, as without chunks.
+    """
+    if chunk_tokens is None:
+        chunk_tokens = max(CHUNK_LOGITS // len(weight), 256)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return ChunkedCrossEntropy.apply(hidden, weight, targets, vocab_size, chunk_tokens)
+    total = torch.zeros((), device=hidden.device)
+    for part, target in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+        logits = F.linear(part, weight)[:, :vocab_size].float()
+        total = total + F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="sum")
+    return total
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk_tokens: int
+    ) -> Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        with torch.autocast(device, enabled=False):
+            cast_weight = weight.to(dtype)
+            hidden_gradient = torch.empty_like(hidden, dtype=dtype)
+            weight_gradient = torch.zeros_like(weight)  # in the weights' precision: chunks add up in it
+            total = torch.zeros((), device=hidden.device, dtype=torch.float32)
+            for start in range(0, len(hidden), chunk_tokens):
+                part = hidden[start : start + chunk_tokens].to(dtype)
+                target = targets[start : start + chunk_tokens]
+                nats, gradient = cross_entropy_gradient(part @ cast_weight.t(), target, vocab_size)
+                total = total + nats
+                hidden_gradient[start : start + chunk_tokens] = gradient @ cast_weight
+                if dtype == weight_gradient.dtype:
+                    weight_gradient.addmm_(gradient.t(), part)
+                else:
+                    weight_gradient += gradient.t() @ part
+        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        ctx.hidden_dtype = hidden.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        scale = upstream[0]
+        return (hidden_gradient * scale).to(ctx.hidden_dtype), weight_gradient * scale, None, None, None
+
+
+def cross_entropy_gradient(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Summed nats of one chunk, and their gradient by the logits [n, V]; columns past `vocab_size` are inert."""
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    scores = logits.float()
+    if vocab_size < logits.shape[1]:
+        scores = scores.masked_fill(columns >= vocab_size, -torch.inf)
+    normaliser = scores.logsumexp(dim=-1, keepdim=True)
+    counted = (targets != IGNORED)[:, None]
+    chosen = targets.clamp(min=0)[:, None]
+    nats = ((normaliser - scores.gather(1, chosen)) * counted).sum()
+    gradient = ((scores - normaliser).exp() - (columns == chosen).float()) * counted
+    return nats, gradient.to(logits.dtype)

@@ -1,0 +1,398 @@
+"""A whole cluster on this machine: what runs on Kubernetes or AWS, small, behind loopback addresses.
+
+    python -m jobs.cluster up          start it, or start again what has died
+    python -m jobs.cluster status      say what runs and where
+    python -m jobs.cluster down        end exactly the processes that it started
+
+    Ray        a head and two workers: one raylet each, own address, own folder; token authentication on
+    S3         moto's server over HTTP; it keeps its objects in memory
+    MLflow     mlflow server: its runs in PostgreSQL, its artifacts on S3
+
+`source artifacts/cluster/environment` gives a shell the addresses and keys; `make submit` reads that file by itself.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import psutil
+
+from jobs.command import ENVIRONMENT
+
+FOLDER = Path("artifacts/cluster")
+BUCKET = "gpt"
+START_SECONDS = 120
+# Room for shuffles and weights of a demo; what does not fit spills to disk.
+OBJECT_STORE_BYTES = 400_000_000
+
+
+@dataclass
+class State:
+    """What `up` has started: kept in a file, so that `up` can mend it and `down` can end it."""
+
+    scratch: str  # short, because Unix sockets lie in it and their paths end at 107 characters
+    network: str  # this cluster's own loopback network: nodes differ by address, as on real machines
+    ports: dict[str, int]
+    workers: int
+    cpus: int
+    processes: dict[str, dict[str, float]] = field(default_factory=dict)  # name -> pid and its start time
+
+    @property
+    def nodes(self) -> list[str]:
+        return ["head", *(f"worker-{index}" for index in range(1, self.workers + 1))]
+
+    def address(self, node: str) -> str:
+        return f"{self.network}.{1 + self.nodes.index(node)}"
+
+    def process(self, name: str) -> psutil.Process | None:
+        """The process of that name if it still runs; a recycled process id is not mistaken for it."""
+        record = self.processes.get(name)
+        try:
+            process = psutil.Process(int(record["pid"])) if record else None
+        except psutil.NoSuchProcess:
+            return None
+        if process is None or record is None or abs(process.create_time() - record["created"]) > 1:
+            return None
+        return None if process.status() == psutil.STATUS_ZOMBIE else process
+
+
+class Cluster:
+    """The processes of one cluster; `folder` holds its state, its token, its environment file and its logs."""
+
+    def __init__(self, folder: Path = FOLDER) -> None:
+        self.folder = folder.absolute()
+
+    # ---------------------------------------------------------------- start
+
+    def up(self, workers: int = 2, cpus: int = 2) -> State:
+        """Start what does not run yet; return when all of it answers."""
+        if not sys.platform.startswith("linux"):
+            raise ValueError("A cluster of several Ray nodes on one machine needs Linux; elsewhere use `make demo`.")
+        state = self.load() or self.create(workers, cpus)
+        scratch = Path(state.scratch)
+        environment = os.environ | ENVIRONMENT | self.environment(state)
+        # Jobs say `python`, and mean the one that this cluster runs on.
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+        host, ports = state.address("head"), state.ports
+
+        self.start(state, "s3", [sys.executable, "-m", "moto.server", "-H", host, "-p", str(ports["s3"])], environment)
+        database = self.start_postgresql(state, environment)
+        _wait(state, "s3", lambda: _answers(f"http://{host}:{ports['s3']}/moto-api/"), self.log("s3"))
+        self.create_bucket(state)
+
+        mlflow = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(ports["mlflow"])]
+        mlflow += ["--workers", "1", "--backend-store-uri", database]
+        mlflow += ["--artifacts-destination", f"s3://{BUCKET}/mlflow"]
+        self.start(state, "mlflow", mlflow, environment)
+
+        ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+        ray += [f"--num-cpus={state.cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
+        gcs = f"{host}:{ports['gcs']}"
+        for node in state.nodes:
+            arguments = [f"--node-ip-address={state.address(node)}", f"--temp-dir={scratch / node}"]
+            arguments += [f"--node-name={node}"]
+            if node == "head":
+                arguments += ["--head", f"--port={ports['gcs']}", f"--ray-client-server-port={ports['client']}"]
+                arguments += [f"--dashboard-host={host}", f"--dashboard-port={ports['dashboard']}"]
+            else:
+                arguments += [f"--address={gcs}"]
+            self.start(state, node, [*ray, *arguments], environment)
+            if node == "head":
+                _wait(state, node, lambda: self.alive_nodes(state) >= 1, self.log(node))
+        _wait(state, state.nodes[-1], lambda: self.alive_nodes(state) == len(state.nodes), self.log(state.nodes[-1]))
+        _wait(state, "mlflow", lambda: _answers(f"http://{host}:{ports['mlflow']}/health"), self.log("mlflow"))
+        return state
+
+    def create(self, workers: int, cpus: int) -> State:
+        """Choose addresses, ports and keys; the files that hold keys can be read by nobody else."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        network = f"127.{secrets.randbelow(200) + 20}.{secrets.randbelow(250) + 1}"
+        names = ("s3", "mlflow", "gcs", "client", "dashboard")
+        state = State(tempfile.mkdtemp(prefix="gpt-"), network, _free_ports(names), workers, cpus)
+        os.chmod(state.scratch, 0o711)  # PostgreSQL's user passes through it to its own folder
+        keys = {"AWS_ACCESS_KEY_ID": secrets.token_hex(10), "AWS_SECRET_ACCESS_KEY": secrets.token_urlsafe(30)}
+        _write_private(self.folder / "token", secrets.token_hex(32))
+        _write_private(self.folder / "keys.json", json.dumps(keys))
+        lines = [f"export {name}={shlex.quote(value)}\n" for name, value in self.environment(state).items()]
+        _write_private(self.folder / "environment", "".join(lines))
+        self.save(state)
+        return state
+
+    def environment(self, state: State) -> dict[str, str]:
+        """The addresses and keys that jobs and people need: what Secrets and ConfigMaps hold on Kubernetes."""
+        host, ports = state.address("head"), state.ports
+        return {
+            "RAY_API_SERVER_ADDRESS": f"http://{host}:{ports['dashboard']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
+            "MLFLOW_TRACKING_URI": f"http://{host}:{ports['mlflow']}",
+            "AWS_ENDPOINT_URL": f"http://{host}:{ports['s3']}",
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            **json.loads((self.folder / "keys.json").read_text()),
+        }
+
+    def start(
+        self, state: State, name: str, command: Sequence[str], environment: dict[str, str], user: str | None = None
+    ) -> None:
+        """Start one process in a session of its own and note its id, unless it runs already."""
+        if state.process(name) is not None:
+            return
+        print(f"starting {name}", flush=True)
+        folder = Path(state.scratch) / name
+        folder.mkdir(exist_ok=True)
+        log = self.log(name)
+        log.parent.mkdir(exist_ok=True)
+        with open(log, "ab") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                user=user,
+            )
+        state.processes[name] = {"pid": process.pid, "created": psutil.Process(process.pid).create_time()}
+        self.save(state)
+
+    def start_postgresql(self, state: State, environment: dict[str, str]) -> str:
+        """Start PostgreSQL on a Unix socket only and return its URL for MLflow."""
+        binaries = _postgresql_binaries()
+        # It refuses to run as root, so root hands it to the user that Debian's package made.
+        user = "postgres" if os.geteuid() == 0 else None
+        data = Path(state.scratch) / "postgresql"
+        if not data.exists():
+            data.mkdir(mode=0o700)
+            if user is not None:
+                shutil.chown(data, user, user)
+            initialise = [f"{binaries}/initdb", "--pgdata", str(data / "data"), "--username=mlflow", "--auth=trust"]
+            initialise += ["--encoding=UTF8", "--no-locale", "--no-sync"]
+            done = subprocess.run(initialise, user=user, capture_output=True, text=True, check=False, cwd=data)
+            if done.returncode != 0:
+                raise ValueError(f"initdb failed: {done.stderr.strip().splitlines()[-1]}")
+        # Whoever may open the socket may log in; only the owner of the folder may.
+        server = [f"{binaries}/postgres", "-D", str(data / "data"), "-k", str(data), "-c", "listen_addresses="]
+        self.start(state, "postgresql", [*server, "-c", "fsync=off"], environment, user)
+        psql = [f"{binaries}/psql", "--no-psqlrc", "-h", str(data), "-U", "mlflow", "-d", "postgres", "-Atc"]
+
+        def database_there() -> bool:
+            query = "SELECT 1 FROM pg_database WHERE datname = 'mlflow'"
+            found = subprocess.run([*psql, query], capture_output=True, text=True, check=False)
+            if found.returncode == 0 and not found.stdout.strip():
+                found = subprocess.run([*psql, "CREATE DATABASE mlflow"], capture_output=True, text=True, check=False)
+            return found.returncode == 0
+
+        _wait(state, "postgresql", database_there, self.log("postgresql"))
+        return f"postgresql+psycopg2://mlflow@/mlflow?host={data}"
+
+    def create_bucket(self, state: State) -> None:
+        import boto3
+
+        names = {"AWS_ACCESS_KEY_ID": "aws_access_key_id", "AWS_SECRET_ACCESS_KEY": "aws_secret_access_key"}
+        environment = self.environment(state)
+        keys = {argument: environment[name] for name, argument in names.items()}
+        client = boto3.client("s3", endpoint_url=environment["AWS_ENDPOINT_URL"], region_name="us-east-1", **keys)
+        client.create_bucket(Bucket=BUCKET)
+
+    def alive_nodes(self, state: State) -> int:
+        """Count the nodes that the head believes alive; 0 while it does not answer."""
+        url = f"{self.environment(state)['RAY_API_SERVER_ADDRESS']}/nodes?view=summary"
+        token = (self.folder / "token").read_text()
+        try:
+            request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                summary = json.load(answer)["data"]["summary"]
+        except (OSError, ValueError, KeyError):
+            return 0
+        return sum(node.get("raylet", {}).get("state") == "ALIVE" for node in summary)
+
+    # ---------------------------------------------------------------- end
+
+    def down(self) -> list[str]:
+        """End every process that `up` started, with its children, and no other; return their names."""
+        state = self.load()
+        if state is None:
+            return []
+        running = {name: process for name in state.processes if (process := state.process(name)) is not None}
+        # PostgreSQL last, and with SIGINT: it closes what MLflow has open and writes its files.
+        database = running.pop("postgresql", None)
+        end_processes(running.values())
+        if database is not None:
+            end_processes([database], signal.SIGINT)
+            running["postgresql"] = database
+        for orphan in _processes_below(Path(state.scratch)):
+            end_processes([orphan], signal.SIGKILL)
+        shutil.rmtree(state.scratch, ignore_errors=True)
+        for name in ("cluster.json", "token", "keys.json", "environment"):
+            (self.folder / name).unlink(missing_ok=True)
+        return list(running)
+
+    def kill(self, name: str) -> None:
+        """Kill one member without a warning, as a lost machine would go; `up` starts it again."""
+        state = self.load()
+        process = state.process(name) if state else None
+        if process is None:
+            raise ValueError(f"{name!r} does not run in the cluster of {self.folder}; see `status`.")
+        end_processes([process], signal.SIGKILL)
+
+    # ---------------------------------------------------------------- files
+
+    def log(self, name: str) -> Path:
+        return self.folder / "logs" / f"{name}.log"
+
+    def load(self) -> State | None:
+        try:
+            return State(**json.loads((self.folder / "cluster.json").read_text()))
+        except FileNotFoundError:
+            return None
+
+    def save(self, state: State) -> None:
+        _write_private(self.folder / "cluster.json", json.dumps(asdict(state), indent=1))
+
+    def describe(self, state: State) -> str:
+        environment = self.environment(state)
+        lines = [f"{name:<12} {'runs' if state.process(name) else 'DEAD: `make cluster` starts it again'}"
+                 for name in state.processes]  # fmt: skip
+        try:
+            shown: Path = self.folder.relative_to(Path.cwd())
+        except ValueError:
+            shown = self.folder
+        lines += [
+            "",
+            f"dashboard    {environment['RAY_API_SERVER_ADDRESS']} (token: {shown / 'token'})",
+            f"MLflow       {environment['MLFLOW_TRACKING_URI']}",
+            f"S3           {environment['AWS_ENDPOINT_URL']} (bucket {BUCKET})",
+            "",
+            f"submit       make submit PRESET=demo SET=storage=s3://{BUCKET}/artifacts",
+            f"a shell      source {shown / 'environment'}",
+        ]
+        return "\n".join(lines)
+
+
+def end_processes(processes: Iterable[psutil.Process], how: signal.Signals = signal.SIGTERM) -> None:
+    """Signal these processes; after a grace, kill what is left of them and of all that they had started."""
+    roots = list(processes)
+    family = list(roots)
+    for root in roots:
+        try:
+            family += root.children(recursive=True)
+        except psutil.NoSuchProcess:
+            continue
+    for process in roots if how != signal.SIGKILL else family:
+        _signal(process, how)
+    _, left = psutil.wait_procs(family, timeout=15)
+    for process in left:
+        _signal(process, signal.SIGKILL)
+    psutil.wait_procs(left, timeout=5)
+
+
+def _signal(process: psutil.Process, how: signal.Signals) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(how)
+
+
+def _processes_below(folder: Path) -> list[psutil.Process]:
+    """Find what outlived its parent: processes that work in this cluster's own folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if Path(process.cwd()).is_relative_to(folder):
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def _wait(state: State, name: str, ready: Callable[[], bool], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not ready():
+        if state.process(name) is None:
+            raise ValueError(f"{name} ended while it was starting; the last lines of {log}:\n{_tail(log)}")
+        if time.monotonic() > deadline:
+            raise ValueError(f"{name} did not answer in {START_SECONDS} s; see {log}, then try `make cluster` again.")
+        time.sleep(0.3)
+
+
+def _tail(log: Path, lines: int = 5) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+
+
+def _free_ports(names: Sequence[str]) -> dict[str, int]:
+    sockets = [socket.create_server(("", 0)) for _ in names]  # held together, so that they differ
+    ports = {name: each.getsockname()[1] for name, each in zip(names, sockets, strict=True)}
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def _postgresql_binaries() -> Path:
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
+    found = [str(path) for path in installed] + [shutil.which("postgres") or ""]
+    for path in reversed(found):
+        if path and Path(path).resolve().with_name("initdb").exists():
+            return Path(path).resolve().parent
+    raise ValueError("PostgreSQL is not installed; on Debian and Ubuntu: apt-get install postgresql.")
+
+
+def _write_private(path: Path, content: str) -> None:
+    temporary = path.with_suffix(".new")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        file.write(content)
+    os.replace(temporary, path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("up", "down", "status", "kill"))
+    parser.add_argument("member", nargs="?", help="for kill: head, worker-1, worker-2, mlflow, s3 or postgresql")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where its state and logs lie [%(default)s]")
+    parser.add_argument("--workers", type=int, default=2, help="Ray nodes beside the head [%(default)s]")
+    parser.add_argument("--cpus", type=int, default=2, help="logical CPUs of each node [%(default)s]")
+    options = parser.parse_args(argv)
+    cluster = Cluster(options.folder)
+    try:
+        if options.action == "up":
+            print(f"\n{cluster.describe(cluster.up(options.workers, options.cpus))}")
+        elif options.action == "down":
+            print(f"ended: {', '.join(cluster.down()) or 'nothing was running'}")
+        elif options.action == "kill":
+            cluster.kill(options.member or "")
+        else:
+            state = cluster.load()
+            print(cluster.describe(state) if state else "No cluster runs here; `make cluster` starts one.")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

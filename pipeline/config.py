@@ -59,12 +59,70 @@ class PrepareConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    run: str = setting("", "a fixed name for the run's folder; empty: named by its fingerprint")
+    run: str = setting("", "a fixed name for the run's folder; empty: named by its fingerprint", affects_result=False)
     steps: int = setting(1000, "optimizer steps")
-    batch_tokens: int = setting(262_144, "tokens per optimizer step, over all workers")
+    batch_tokens: int = setting(262_144, "tokens per optimizer step, over all workers: a multiple of the context")
+    micro_batch_sequences: int = setting(
+        16, "sequences a worker holds in memory at once; less saves memory", affects_result=False
+    )
+    document_boundaries: bool = setting(False, "keep attention inside each document")
+    precision: str = setting("auto", "float32, bfloat16, or auto: bfloat16 where the hardware has it")
+    compile: bool = setting(False, "torch.compile the model: slower to start, faster to run", affects_result=False)
+    device: str = setting("auto", "auto (GPUs if the cluster has any), cpu or gpu", affects_result=False)
+    num_workers: Any = setting(
+        2, "workers, one per GPU; [least, most] grows and shrinks by itself", affects_result=False
+    )
+    cpus_per_worker: float = setting(1.0, "CPUs that each worker reserves in Ray", affects_result=False)
+    threads_per_worker: int = setting(0, "CPU threads of each worker; 0 shares the cores out", affects_result=False)
+    evaluate_every_steps: int = setting(250, "steps between evaluations on the val split")
+    evaluation_tokens: int = setting(1_048_576, "val tokens scored in each of them at most; 0 scores all")
+    sample_prompts: list[str] = setting(["The "], "what the model completes at each evaluation", affects_result=False)
+    sample_tokens: int = setting(64, "tokens in each of these samples", affects_result=False)
+    checkpoint_every_steps: int = setting(
+        500, "steps between checkpoints; 0 leaves it to the minutes", affects_result=False
+    )
+    checkpoint_every_minutes: float = setting(
+        10.0, "minutes between checkpoints at most; 0: no limit", affects_result=False
+    )
+    keep_checkpoints: int = setting(2, "newest checkpoints to keep, beside the best one", affects_result=False)
+    log_every_steps: int = setting(10, "steps between lines of progress and points in MLflow", affects_result=False)
+    on_bad_loss: str = setting("stop", "when a loss is NaN or infinite: stop, or skip the batch and go on")
+    max_restarts: int = setting(
+        20, "failures of workers after which the run gives up; -1 never does", affects_result=False
+    )
+    mlflow_patience_minutes: float = setting(
+        10.0, "how long the end of a run waits for an MLflow server that is away", affects_result=False
+    )
 
     def __post_init__(self) -> None:
-        require(self.steps > 0, "train.steps must be positive.")
+        for name in ("steps", "batch_tokens", "micro_batch_sequences", "evaluate_every_steps", "log_every_steps"):
+            require(getattr(self, name) > 0, f"train.{name} must be positive.")
+        for name in ("evaluation_tokens", "checkpoint_every_steps", "checkpoint_every_minutes", "threads_per_worker"):
+            require(getattr(self, name) >= 0, f"train.{name} cannot be negative.")
+        require(self.keep_checkpoints >= 1, "train.keep_checkpoints must be at least 1.")
+        require(self.sample_tokens > 0, "train.sample_tokens must be positive.")
+        require(self.cpus_per_worker > 0, "train.cpus_per_worker must be positive.")
+        require(self.max_restarts >= -1, "train.max_restarts must be -1 or more.")
+        _check_choice("train.precision", self.precision, ("auto", "float32", "bfloat16"))
+        _check_choice("train.device", self.device, ("auto", "cpu", "gpu"))
+        _check_choice("train.on_bad_loss", self.on_bad_loss, ("stop", "skip"))
+        require(
+            re.fullmatch(r"[A-Za-z0-9._-]{0,100}", self.run) is not None,
+            f"train.run is {self.run!r}; use up to 100 letters, digits, '.', '_' and '-'.",
+        )
+        workers = [self.num_workers] if isinstance(self.num_workers, int) else self.num_workers
+        require(
+            isinstance(workers, list)
+            and len(workers) in (1, 2)
+            and all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in workers)
+            and workers == sorted(workers)
+            and (len(workers) == 2 or isinstance(self.num_workers, int)),
+            f"train.num_workers is {self.num_workers!r}; use a positive number or [least, most].",
+        )
+
+
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    require(value in choices, f"{key} is {value!r}; it can be {', '.join(choices[:-1])} or {choices[-1]}.")
 
 
 @dataclass(frozen=True)

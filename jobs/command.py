@@ -65,6 +65,7 @@ class Command:
         if options.preset is not None and "=" in options.preset:
             words.insert(0, options.preset)
             options.preset = None
+        options.settings = words
         try:
             return run(load_config(options.preset, words), options) or 0
         except KeyboardInterrupt:

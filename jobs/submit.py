@@ -1,0 +1,192 @@
+"""Run a job on a Ray cluster: check first, submit, follow its log.
+
+    python -m jobs.submit jobs/presets/gpt-53m.yaml storage=s3://bucket/gpt      the whole pipeline
+    python -m jobs.submit jobs/presets/gpt-53m.yaml --job prepare storage=…      one stage
+    python -m jobs.submit --follow gpt-53m-pipeline-1122-225501                  back to a job's log
+
+The cluster is the one at RAY_API_SERVER_ADDRESS (or RAY_ADDRESS), else the one that `make cluster` started here.
+Its token comes from RAY_AUTH_TOKEN_PATH, RAY_AUTH_TOKEN or ~/.ray/auth_token. Keys for storage and MLflow are
+the cluster's own: none travels with a job. Ctrl-C leaves the job running.
+"""
+
+import argparse
+import asyncio
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.command import Command
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+    from pipeline.config import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+JOBS = ("pipeline", "tokenizer", "prepare", "train", "evaluate", "register", "serve", "generate", "preflight")
+
+
+def run(config: "Config", options: argparse.Namespace) -> int:
+    use_local_cluster(ROOT / "artifacts/cluster/environment")
+    address = cluster_address()
+    client = connect(address)
+    if options.follow:
+        return follow(client, options.follow, address)
+    if options.preset is None:
+        raise ValueError("Say what to run: a preset, such as jobs/presets/demo.yaml; or --follow JOB.")
+    if "://" not in config.storage:
+        raise ValueError(
+            f"storage={config.storage} is a folder, which the nodes of a cluster do not share;"
+            f" give storage=s3://bucket/prefix."
+        )
+    arguments = [relative_preset(options.preset), *options.settings]
+    if not options.skip_preflight and options.job != "preflight":
+        print("preflight: can this cluster do it?", flush=True)
+        wait = [] if options.wait is None else [f"--wait={options.wait}"]
+        checked = follow(client, submit(client, config, "preflight", [*arguments, *wait]), address)
+        if checked != 0:
+            print("error: The preflight failed; mend what it names, or give --skip-preflight.", file=sys.stderr)
+            return 1
+    extra = ["--serve"] if options.serve else []
+    job = submit(client, config, options.job, [*arguments, *extra])
+    print(f"submitted: {job}\n{how_to_return(job, address)}", flush=True)
+    return 0 if options.detach else follow(client, job, address)
+
+
+def use_local_cluster(environment: Path) -> None:
+    """Take the address and the token's place from `make cluster`'s file, where the shell names no cluster."""
+    if os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or not environment.is_file():
+        return
+    for line in environment.read_text().splitlines():
+        name, _, value = line.removeprefix("export ").partition("=")
+        if name.startswith("RAY_"):
+            os.environ[name] = "".join(shlex.split(value))
+
+
+def cluster_address() -> str:
+    address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+    if not address:
+        raise ValueError(
+            "No cluster is named: set RAY_API_SERVER_ADDRESS=http://HEAD:8265, or start one here with `make cluster`."
+        )
+    if not address.startswith(("http://", "https://")):
+        raise ValueError(
+            f"Jobs are submitted to the dashboard of the head, over HTTP; {address!r} is not its address."
+            f" Set RAY_API_SERVER_ADDRESS=http://HEAD:8265."
+        )
+    return address
+
+
+def connect(address: str) -> "JobSubmissionClient":
+    """Open the cluster's job interface; raises `ValueError` with what to do where it does not open."""
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except AuthenticationError:
+        raise ValueError(
+            f"The cluster at {address} refused the token; put its token into a file and set RAY_AUTH_MODE=token"
+            f" and RAY_AUTH_TOKEN_PATH to that file."
+        ) from None
+    except (ConnectionError, RuntimeError) as error:
+        raise ValueError(
+            f"No Ray cluster answers at {address} ({str(error).splitlines()[0]});"
+            f" start it, or open a tunnel to its port 8265."
+        ) from None
+
+
+def submit(client: "JobSubmissionClient", config: "Config", job: str, arguments: Sequence[str]) -> str:
+    """Send the working tree (less what .gitignore and .rayignore name) and start the job; return its id."""
+    moment = datetime.now(UTC).strftime("%m%d-%H%M%S")
+    return client.submit_job(
+        entrypoint=shlex.join(["python", "-m", f"jobs.{job}", *arguments]),
+        submission_id=f"{config.name}-{job}-{moment}",
+        runtime_env={
+            "working_dir": str(ROOT),
+            # .git stays at home, and the runs in MLflow should still name their commit.
+            "env_vars": {"GIT_COMMIT": git_commit(ROOT), "PYTHONUNBUFFERED": "1"},
+        },
+        metadata={"pipeline": config.name, "job": job},
+    )
+
+
+def follow(client: "JobSubmissionClient", job: str, address: str) -> int:
+    """Print the job's log until it ends; returns 0 if it succeeded. Ctrl-C leaves it running."""
+    try:
+        asyncio.run(_print_log(client, job))
+    except KeyboardInterrupt:
+        print(f"\n{job} goes on running.\n{how_to_return(job, address)}", flush=True)
+        return 130
+    except RuntimeError as error:
+        if "does not exist" in str(error):
+            raise ValueError(f"There is no job {job!r} at {address}; `ray job list` names them.") from None
+        raise
+    details = client.get_job_info(job)
+    print(f"{job}: {str(details.status).lower()}", flush=True)
+    if details.status != "SUCCEEDED" and details.message:
+        print(f"error: {str(details.message).splitlines()[0]}", file=sys.stderr)
+    return 0 if details.status == "SUCCEEDED" else 1
+
+
+async def _print_log(client: "JobSubmissionClient", job: str) -> None:
+    printed = 0  # a new connection tells the log from its beginning
+    while True:
+        position = 0
+        try:
+            async for text in client.tail_job_logs(job):
+                fresh = text[max(0, printed - position) :]
+                position += len(text)
+                printed = max(printed, position)
+                print(fresh, end="", flush=True)
+        except (RuntimeError, OSError):
+            client.get_job_status(job)  # raises, with the reason, if the job or the cluster is not there
+        if client.get_job_status(job).is_terminal():
+            return
+        await asyncio.sleep(2)
+
+
+def how_to_return(job: str, address: str) -> str:
+    return (
+        f"  its log     python -m jobs.submit --follow {job}\n"
+        f"  its status  ray job status --address {address} {job}\n"
+        f"  to end it   ray job stop --address {address} {job}"
+    )
+
+
+def relative_preset(preset: str) -> str:
+    """Name the preset as the cluster will see it: relative to the working tree that is sent."""
+    path = Path(preset).resolve()
+    if not path.is_relative_to(ROOT):
+        raise ValueError(f"The preset {preset!r} lies outside of {ROOT}, which is all that is sent; copy it in there.")
+    return path.relative_to(ROOT).as_posix()
+
+
+def git_commit(folder: Path) -> str:
+    """The commit that is checked out, with a plus sign where files differ from it; empty outside of git."""
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    command = Command(__doc__, needs_preset=False)
+    add = command.parser.add_argument
+    add("--job", choices=JOBS, default="pipeline", help="which job to run [%(default)s]")
+    add("--serve", action="store_true", help="with the whole pipeline: serve the champion afterwards")
+    add("--follow", metavar="JOB", help="print the log of a job that runs or has ended")
+    add("--detach", action="store_true", help="do not follow the log")
+    add("--skip-preflight", action="store_true", help="do not check the cluster first")
+    add("--wait", type=float, help="seconds the preflight waits for an autoscaler's nodes")
+    return command.main(run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -246,13 +246,22 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = build_norm(config)
         self.head = nn.Linear(config.width, padded_size, bias=False)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
-        if config.is_modern:
-            cosines, sines = rotary_table(config)
-            self.register_buffer("cosines", cosines, persistent=False)
-            self.register_buffer("sines", sines, persistent=False)
+        self.restore_derived()
         self.initialise()
+
+    def restore_derived(self) -> None:
+        """Make what no checkpoint holds: the tie between embedding and head, and the rotary table."""
+        if self.config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        if self.config.is_modern:
+            for name, table in zip(("cosines", "sines"), rotary_table(self.config), strict=True):
+                self.register_buffer(name, table.to(self.embedding.weight.device), persistent=False)
+
+    def to_dtype(self, dtype: torch.dtype) -> "GPT":
+        """Cast the weights; the rotary table stays float32, in which positions are exact."""
+        self.to(dtype)
+        self.restore_derived()
+        return self
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -266,7 +275,9 @@ class GPT(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        for block in self.blocks:
+        for block in self.modules():
+            if not isinstance(block, Block):
+                continue
             for output in (block.attention.output, block.mlp.output):
                 if config.is_modern:
                     nn.init.zeros_(output.weight)  # each block starts as the identity
@@ -367,10 +378,14 @@ class GPT(nn.Module):
     def matrices(self) -> Iterator[tuple[str, nn.Parameter, tuple[int, ...]]]:
         """The blocks' 2-D weights with the heights of the matrices stacked in each, for Muon."""
         for number, block in enumerate(self.blocks):
-            stacked = {"attention.qkv": block.attention.sections, "mlp.gate_up": getattr(block.mlp, "sections", ())}
+            assert isinstance(block, Block)
+            stacked: dict[str, tuple[int, ...]] = {"attention.qkv": block.attention.sections}
+            if isinstance(block.mlp, SwiGLU):
+                stacked["mlp.gate_up"] = block.mlp.sections
             for name, module in block.named_modules():
                 if isinstance(module, nn.Linear):
-                    yield f"blocks.{number}.{name}.weight", module.weight, stacked.get(name, (len(module.weight),))
+                    weight = module.get_parameter("weight")
+                    yield f"blocks.{number}.{name}.weight", weight, stacked.get(name, (len(weight),))
 
 
 def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,310 @@
+"""Text to token ids and back: byte-level BPE (trained here, or one tiktoken knows by name) and characters.
+
+    tokenizer = train_bpe(texts, vocabulary_size=8192)
+    tokenizer.save(folder)                  # tokenizer.json, which `transformers` loads with the same ids
+    tokenizer = load_tokenizer(folder)
+
+All of them are one thing to tiktoken: a pattern that splits text into pieces, and tokens in order of merging.
+Every single byte is a token, so every valid string can be encoded and comes back as it was.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiktoken
+
+END_OF_TEXT = "<|endoftext|>"
+NAMED_TOKENIZERS = ("gpt2", "r50k_base", "cl100k_base", "o200k_base")
+
+# How text is split before merging. Both end a piece wherever a single space stands before a word.
+PATTERNS = {
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+    # GPT-4's, with numbers in twos: a small vocabulary has no room for a thousand of three digits.
+    "gpt4": (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+        r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+    ),
+}
+CHARACTER_PATTERN = r"[\s\S]"
+
+# Longer texts are encoded in parts: tiktoken's time grows with the square of a piece, and its regex overflows the
+# stack on millions of equal characters.
+PART_CHARACTERS = 32_768
+
+
+class Tokenizer:
+    """An immutable vocabulary with its pattern; `end_of_text` is its last id and never comes out of `encode`."""
+
+    def __init__(self, name: str, pattern: str, token_bytes: list[bytes]) -> None:
+        """`token_bytes` holds each id's bytes, in order of merging; the last, and any id that is not used, is empty."""
+        assert not token_bytes[-1], "the last id is the end of text"
+        self.name = name
+        self.pattern = pattern
+        self.token_bytes = token_bytes
+        self.vocab_size = len(token_bytes)
+        self.end_of_text = self.vocab_size - 1
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 65_536 else np.uint32)
+        self.byte_lengths = np.array([len(token) for token in token_bytes], dtype=np.int32)
+        digest = hashlib.sha256()
+        for content in (*token_bytes, pattern.encode()):
+            digest.update(len(content).to_bytes(4, "little") + content)
+        self.digest = digest.hexdigest()
+        ranks = {token: rank for rank, token in enumerate(token_bytes) if token}
+        missing = sum(bytes([byte]) not in ranks for byte in range(256))
+        if missing:
+            raise ValueError(f"The tokenizer {name!r} lacks {missing} of the 256 byte tokens; train it again.")
+        self._encoding = tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.end_of_text}
+        )
+        self._character_ids = _character_table(ranks) if pattern == CHARACTER_PATTERN else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer, (self.name, self.pattern, self.token_bytes)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the ids of a text; `<|endoftext|>` in it is text. Raises `ValueError` on lone surrogates."""
+        try:
+            if self._character_ids is not None:
+                ids = self._character_ids[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)]
+                if not (ids < 0).any():
+                    return ids.astype(self.dtype)
+            if len(text) <= PART_CHARACTERS:
+                return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
+            parts = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in split_long_text(text)]
+            return np.concatenate(parts).astype(self.dtype)
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"The text is not valid Unicode: character {error.start} is the lone surrogate"
+                f" U+{ord(text[error.start]):04X}."
+            ) from None
+
+    def decode_bytes(self, ids: Iterable[int] | np.ndarray) -> bytes:
+        """Return the exact bytes of some ids; the end of text has none."""
+        listed = ids.tolist() if isinstance(ids, np.ndarray) else ids
+        return b"".join(map(self.token_bytes.__getitem__, listed))
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        """Return the text of some ids; bytes that are no character become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, as `transformers` knows them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            (folder / name).write_text(content, encoding="utf-8")
+
+    def files(self) -> dict[str, str]:
+        """Return what `save` writes: file name -> content."""
+        written = _written_bytes()
+        spelled = ["".join(written[byte] for byte in token) for token in self.token_bytes]
+        vocabulary = {spelled[i]: i for i in range(self.vocab_size) if self.token_bytes[i]}
+        special = {"content": END_OF_TEXT, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
+        tokenizer = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [{"id": self.end_of_text, "special": True, **special}],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+            "post_processor": None,
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": True,  # as tiktoken: a piece that is a token needs no merging
+                "vocab": {**vocabulary, END_OF_TEXT: self.end_of_text},
+                "merges": [] if self._character_ids is not None else _merges(spelled),
+            },
+        }
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "name_or_path": self.name,
+            "eos_token": END_OF_TEXT,
+            "bos_token": END_OF_TEXT,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 10**30,
+        }
+        return {
+            "tokenizer.json": json.dumps(tokenizer, ensure_ascii=False, indent=1) + "\n",
+            "tokenizer_config.json": json.dumps(config, indent=1) + "\n",
+        }
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Read back what `Tokenizer.save` wrote; `tokenizer.json` alone is enough."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"There is no tokenizer.json in {folder}.")
+    return parse_tokenizer(path.read_text(encoding="utf-8"), where=str(path))
+
+
+def parse_tokenizer(content: str, where: str) -> Tokenizer:
+    """Build a tokenizer from the content of a `tokenizer.json` that we wrote; `where` is for the error."""
+    byte_of = {character: byte for byte, character in enumerate(_written_bytes())}
+    try:
+        facts = json.loads(content)
+        pattern = facts["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+        vocabulary: dict[str, int] = facts["model"]["vocab"]
+        (special,) = facts["added_tokens"]
+        token_bytes = [b""] * (max(vocabulary.values()) + 1)
+        for spelled, token in vocabulary.items():
+            if token != special["id"]:
+                token_bytes[token] = bytes(byte_of[character] for character in spelled)
+        assert special["id"] == len(token_bytes) - 1
+    except (ValueError, KeyError, TypeError, IndexError, AssertionError) as error:
+        raise ValueError(
+            f"{where} is not a tokenizer that this pipeline wrote ({type(error).__name__}: {error})."
+        ) from None
+    return Tokenizer("char" if pattern == CHARACTER_PATTERN else "bpe", pattern, token_bytes)
+
+
+def named_tokenizer(name: str) -> Tokenizer:
+    """Return one of tiktoken's own; it is downloaded at first use, or read from `TIKTOKEN_CACHE_DIR`."""
+    if name not in NAMED_TOKENIZERS:
+        raise ValueError(f"There is no tokenizer {name!r}; by name there are {', '.join(NAMED_TOKENIZERS)}.")
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except OSError as error:
+        raise ValueError(
+            f"The tokenizer {name!r} could not be downloaded ({type(error).__name__});"
+            f" set TIKTOKEN_CACHE_DIR to a folder that holds it."
+        ) from None
+    # The tokens after the end of text (fill in the middle, end of prompt) are never used here, and are left out.
+    end_of_text = encoding._special_tokens[END_OF_TEXT]
+    token_bytes = [b""] * (end_of_text + 1)
+    for token, rank in encoding._mergeable_ranks.items():
+        token_bytes[rank] = token
+    # To the regex engine of `tokenizers`, {1,3}+ means repetition, not possession; without the + both agree.
+    return Tokenizer(name, encoding._pat_str.replace("{1,3}+", "{1,3}"), token_bytes)
+
+
+def train_bpe(texts: Iterable[str], vocabulary_size: int, pattern: str = PATTERNS["gpt4"]) -> Tokenizer:
+    """Learn a byte-level BPE; small corpora may yield fewer tokens than asked for.
+
+    Memory grows with the number of different pieces (words), not with the text.
+    """
+    from tokenizers import Regex, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as BPETrainer
+
+    if vocabulary_size < 257:
+        raise ValueError(f"A BPE vocabulary holds at least 257 tokens; {vocabulary_size} is too few.")
+    check_pattern(pattern)
+    learner = BPETrainer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size - 1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[],
+        show_progress=False,
+        max_token_length=64,  # a ruler of a thousand dashes is not a word
+    )
+    learner.train_from_iterator((part for text in texts for part in split_long_text(text)), trainer=trainer)
+    byte_of = {character: byte for byte, character in enumerate(_written_bytes())}
+    learned = sorted(learner.get_vocab().items(), key=lambda item: item[1])
+    merged = [bytes(byte_of[character] for character in spelled) for spelled, _ in learned if len(spelled) > 1]
+    return Tokenizer("bpe", pattern, [*(bytes([byte]) for byte in range(256)), *merged, b""])
+
+
+def build_char(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
+    """One token per character: the most frequent ones; all others fall back to their UTF-8 bytes."""
+    if vocabulary_size < 257:
+        raise ValueError(f"A character vocabulary holds at least 257 tokens; {vocabulary_size} is too few.")
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    beyond_ascii = sorted((-count, character) for character, count in counts.items() if ord(character) >= 128)
+    characters = [character.encode() for _, character in beyond_ascii[: vocabulary_size - 257]]
+    return Tokenizer("char", CHARACTER_PATTERN, [*(bytes([byte]) for byte in range(256)), *characters, b""])
+
+
+def check_pattern(pattern: str) -> None:
+    """Raise `ValueError` if the pattern is no regular expression, or leaves out a part of some text."""
+    probe = "Ünïcödé wörds, 123 numbers;\n\n  \tspaces\r\n日本語 'quotes' <|x|>\0 end "
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    try:
+        ids = tiktoken.Encoding("probe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}).encode_ordinary(
+            probe
+        )
+    except Exception as error:
+        raise ValueError(f"tokenizer.pattern is not a regular expression: {error}.") from None
+    if bytes(ids) != probe.encode():
+        raise ValueError("tokenizer.pattern does not match every character of a text, so text would be lost.")
+
+
+def split_long_text(text: str, part_characters: int = PART_CHARACTERS) -> Iterator[str]:
+    """Cut a long text where every pattern above ends a piece anyway, so that its ids stay what they were.
+
+    Such places are before a single space between two words, and after a single line break between them. Where a
+    whole half part has neither (no ordinary text does), it is cut regardless, at the full length.
+    """
+    start = 0
+    while len(text) - start > part_characters:
+        cut = _last_safe_cut(text, start + part_characters // 2, start + part_characters)
+        yield text[start:cut]
+        start = cut
+    if start < len(text) or not text:
+        yield text[start:]
+
+
+def _last_safe_cut(text: str, low: int, high: int) -> int:
+    for mark, is_safe in _SAFE_CUTS:
+        position = text.rfind(mark, low, high)
+        for _ in range(1000):
+            if position < 0:
+                break
+            if is_safe(text[position - 1], text[position + 1]):
+                return position if mark == " " else position + 1
+            position = text.rfind(mark, low, position)
+    return high
+
+
+_SAFE_CUTS: tuple[tuple[str, Callable[[str, str], bool]], ...] = (
+    (" ", lambda before, after: before.isalnum() and after.isalnum()),
+    ("\n", lambda before, after: not before.isspace() and after.isalnum()),
+)
+
+
+def _merges(spelled: list[str]) -> list[str]:
+    """List every pair that makes a token, in the order of the tokens: what tiktoken merges without a list."""
+    known = set(spelled)
+    return [
+        f"{token[:cut]} {token[cut:]}"
+        for token in spelled
+        for cut in range(1, len(token))
+        if token[:cut] in known and token[cut:] in known
+    ]
+
+
+def _character_table(ranks: dict[bytes, int]) -> np.ndarray:
+    """Map each code point to its id, or -1 where it is spelled in bytes."""
+    table = np.full(0x110000, -1, dtype=np.int32)
+    for token, rank in ranks.items():
+        if len(token) > 1 or token[0] < 128:
+            table[ord(token.decode())] = rank
+    return table
+
+
+@cache
+def _written_bytes() -> tuple[str, ...]:
+    """How GPT-2's vocabulary files write each byte: itself if printable, else a character from U+0100 on."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return tuple(chr(byte) if byte in printable else chr(next(others)) for byte in range(256))

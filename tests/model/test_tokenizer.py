@@ -1,0 +1,184 @@
+"""Tokenizers give every text back, write what `transformers` reads, and stay fast on hostile texts."""
+
+import json
+import pickle
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.tokenizer import (
+    END_OF_TEXT,
+    PATTERNS,
+    Tokenizer,
+    build_char,
+    check_pattern,
+    load_tokenizer,
+    named_tokenizer,
+    split_long_text,
+    train_bpe,
+)
+
+CORPUS = [
+    "The map applies a function to every item of an iterable, yielding the results; don't stop.",
+    "Résumé naïve café — “quoted”, 12345 numbers, 3.14159 and\r\nline breaks.\n\n\tIndented.",
+    "日本語のテキストと漢字。Смешанный текст. مرحبا",
+    "def main(argv):\n    return [item for item in argv if item]\n",
+] * 3
+# What tiktoken's newest vocabulary splits by: its pattern must survive the journey through tokenizer.json too.
+O200K_LIKE = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+ODD_TEXTS = [
+    "",
+    " ",
+    "\0",
+    "a\0b",
+    "line\r\nline\r\n",
+    "  leading and trailing  ",
+    f"before {END_OF_TEXT} after",
+    END_OF_TEXT,
+    "\ufeffmark",
+    "👩‍👩‍👧 e\u0301 \U0010ffff \ud7ff",
+    "x = 1;\n\n\n\ny = 2\n",
+]
+EVERY_CHARACTER = "".join(chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
+
+
+@pytest.fixture(scope="module", params=["gpt2", "gpt4", "o200k", "char"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    if request.param == "char":
+        return build_char(CORPUS, 300)
+    return train_bpe(CORPUS, 420, PATTERNS.get(request.param, O200K_LIKE))
+
+
+@pytest.mark.parametrize("text", [*ODD_TEXTS, *CORPUS[:4]])
+def test_a_text_comes_back_as_it_was(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.uint16
+    assert tokenizer.decode(ids) == text
+    assert int(tokenizer.byte_lengths[ids].sum()) == len(text.encode())
+
+
+def test_every_character_of_unicode_comes_back(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode(EVERY_CHARACTER)) == EVERY_CHARACTER
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"])))
+def test_any_string_comes_back(text: str) -> None:
+    tokenizer = load_small()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def load_small(cache: list[Tokenizer] = []) -> Tokenizer:  # noqa: B006
+    if not cache:
+        cache.append(train_bpe(CORPUS, 320))
+    return cache[0]
+
+
+def test_the_end_of_text_is_the_last_id_and_never_comes_from_text(tokenizer: Tokenizer) -> None:
+    assert tokenizer.end_of_text == tokenizer.vocab_size - 1
+    assert tokenizer.end_of_text not in tokenizer.encode(f"x{END_OF_TEXT}{END_OF_TEXT}")
+    assert tokenizer.decode([*tokenizer.encode("done"), tokenizer.end_of_text]) == "done"
+    assert tokenizer.byte_lengths[tokenizer.end_of_text] == 0
+
+
+def test_a_lone_surrogate_is_an_error(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"lone surrogate U\+D800"):
+        tokenizer.encode("a\ud800")
+
+
+def test_a_saved_tokenizer_comes_back_from_one_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.digest == tokenizer.digest
+    assert loaded.end_of_text == tokenizer.end_of_text
+    assert pickle.loads(pickle.dumps(tokenizer)).digest == tokenizer.digest
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "qwen3"])
+def test_transformers_loads_it_with_the_same_ids(tokenizer: Tokenizer, tmp_path: Path, model_type: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer.save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(theirs) == tokenizer.vocab_size
+    assert theirs.eos_token_id == tokenizer.end_of_text
+    for text in [*ODD_TEXTS, *CORPUS, EVERY_CHARACTER]:
+        ids = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert ids == tokenizer.encode(text).tolist()
+        assert theirs.decode(ids) == text
+
+
+def test_training_twice_gives_the_same_tokenizer() -> None:
+    assert train_bpe(CORPUS, 400).digest == train_bpe(iter(CORPUS), 400).digest != train_bpe(CORPUS, 399).digest
+
+
+def test_a_trained_vocabulary_compresses() -> None:
+    text = CORPUS[0]
+    assert len(train_bpe(CORPUS, 420).encode(text)) < len(text) / 2
+
+
+def test_characters_outside_the_vocabulary_are_spelled_in_bytes() -> None:
+    tokenizer = build_char(["aé"], 300)
+    assert tokenizer.vocab_size == 258
+    assert tokenizer.encode("aé日").tolist() == [97, 256, *"日".encode()]
+
+
+def test_the_most_frequent_characters_are_kept() -> None:
+    assert build_char(["ééé日日ж"], 259).token_bytes[256:] == ["é".encode(), "日".encode(), b""]
+
+
+@pytest.mark.parametrize("pattern", ["gpt2", "gpt4", "o200k"])
+def test_cutting_a_long_text_leaves_its_ids_as_they_were(pattern: str) -> None:
+    tokenizer = train_bpe(CORPUS, 420, PATTERNS.get(pattern, O200K_LIKE))
+    text = "\n".join([*CORPUS, "  x \n\n  y's\t.\n/ z。\nword\n  \nend "] * 20)
+    parts = list(split_long_text(text, 400))
+    assert "".join(parts) == text
+    assert len(parts) > 10
+    whole = tokenizer._encoding.encode_to_numpy(text, disallowed_special=())
+    assert [token for part in parts for token in tokenizer.encode(part)] == whole.tolist()
+
+
+@pytest.mark.parametrize("unit", ["a", " ", "\n", "^", "日", "ab1! ", "\r\n"])
+def test_a_million_characters_without_a_break_take_seconds_not_hours(unit: str) -> None:
+    text = unit * (1_000_000 // len(unit))
+    tokenizer = load_small()
+    start = time.perf_counter()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert time.perf_counter() - start < 20
+
+
+def test_tiktokens_own_vocabularies_end_at_the_end_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"th": 256}
+    specials = {END_OF_TEXT: 258, "<|fim_prefix|>": 259}  # 257 is a hole, as in cl100k_base
+    encoding = tiktoken.Encoding("x", pat_str=r"\p{N}{1,3}+|[\s\S]", mergeable_ranks=ranks, special_tokens=specials)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    tokenizer = named_tokenizer("cl100k_base")
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (259, 258)
+    assert tokenizer.pattern == r"\p{N}{1,3}|[\s\S]"
+
+
+def test_unknown_names_and_broken_patterns_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="by name there are gpt2"):
+        named_tokenizer("gpt5")
+    with pytest.raises(ValueError, match="not a regular expression"):
+        check_pattern("(")
+    with pytest.raises(ValueError, match="text would be lost"):
+        check_pattern(r"\p{L}+")
+    with pytest.raises(ValueError, match="at least 257"):
+        train_bpe(CORPUS, 256)
+    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": {}}')
+    with pytest.raises(ValueError, match="not a tokenizer that this pipeline wrote"):
+        load_tokenizer(tmp_path)

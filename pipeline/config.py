@@ -58,6 +58,19 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True)
+class StreamConfig:
+    window_tokens: int = setting(1_000_000_000, "tokens shuffled among each other; a node keeps two such windows")
+    cache_folder: str = setting(
+        "", "each node's folder for decoded shards; empty: in its temporary folder", affects_result=False
+    )
+    cache_gigabytes: float = setting(64.0, "disk each node gives to decoded shards at most", affects_result=False)
+
+    def __post_init__(self) -> None:
+        require(self.window_tokens > 0, "stream.window_tokens must be positive.")
+        require(self.cache_gigabytes > 0, "stream.cache_gigabytes must be positive.")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     run: str = setting("", "a fixed name for the run's folder; empty: named by its fingerprint", affects_result=False)
     steps: int = setting(1000, "optimizer steps")
@@ -166,6 +179,7 @@ class Config:
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     register: RegisterConfig = field(default_factory=RegisterConfig)

@@ -1,0 +1,243 @@
+"""Token shards as flat arrays: each Parquet file decoded once per node, checked, and mapped into memory.
+
+    shards = open_shards(artifact, "train")          # reads the manifest and the Parquet footers, no tokens
+    tokens = TokenCache(folder).open(shards[0])      # numpy array over a local file, uint16 or uint32
+
+The local file is named by the digest of the Parquet file it was decoded from, so runs and artifacts share it
+and it can never be stale.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.artifacts import Artifact, FileRecord, check_digest
+
+FOOTER_BYTES = 65_536  # more than the footer of a shard of 50 row groups; a longer one costs a second read
+GIGABYTE = 10**9
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file of a split, as its manifest and its footer describe it."""
+
+    artifact: Artifact
+    name: str
+    record: FileRecord
+    num_tokens: int
+    dtype: str  # uint16 or uint32
+
+    @property
+    def where(self) -> str:
+        return f"{self.artifact.url}/{self.name} (sha256 {self.record.sha256})"
+
+    @property
+    def decoded_bytes(self) -> int:
+        return self.num_tokens * np.dtype(self.dtype).itemsize
+
+
+def open_shards(artifact: Artifact, split: str) -> list[Shard]:
+    """Describe every shard of a split, in the order of their names.
+
+    Raises `ValueError` naming the first shard that is missing, cut short or not a shard: before any training,
+    and from one listing and the footers alone.
+    """
+    manifest = artifact.manifest()
+    if manifest is None:
+        raise ValueError(f"{artifact.url} is not finished; run the prepare stage first.")
+    names = sorted(name for name in manifest.files if name.startswith(f"{split}/") and name.endswith(".parquet"))
+    present = artifact.list_files()
+    for name in names:
+        record = manifest.files[name]
+        if name not in present:
+            raise _missing(f"{artifact.url}/{name}", record)
+        if present[name] != record.bytes:
+            raise ValueError(
+                f"{artifact.url}/{name} is damaged: it has {present[name]} bytes, its manifest says {record.bytes}"
+                f" (sha256 {record.sha256}); run the prepare stage again with --from prepare."
+            )
+    with ThreadPoolExecutor(max_workers=16) as threads:
+        return list(threads.map(lambda name: _describe(artifact, name, manifest.files[name]), names))
+
+
+def _missing(where: str, record: FileRecord) -> ValueError:
+    return ValueError(
+        f"{where} is missing; its manifest names it with sha256 {record.sha256}"
+        f" ({record.bytes} bytes). Run the prepare stage again with --from prepare."
+    )
+
+
+def _describe(artifact: Artifact, name: str, record: FileRecord) -> Shard:
+    length = FOOTER_BYTES
+    try:
+        while True:
+            # The footer lies at the end and is all that read_metadata looks at.
+            tail = artifact.filesystem.cat_file(artifact.file(name), max(0, record.bytes - length), record.bytes)
+            needed = int.from_bytes(tail[-8:-4], "little") + 8
+            if needed <= len(tail) or len(tail) >= record.bytes:
+                break
+            length = needed
+        footer = pq.read_metadata(pa.BufferReader(tail))
+        value_type = footer.schema.to_arrow_schema().field("tokens").type.value_type
+        num_tokens = sum(_column(footer.row_group(group)).num_values for group in range(footer.num_row_groups))
+    except (pa.ArrowException, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{artifact.url}/{name} (sha256 {record.sha256}) is not a token shard: {str(error).splitlines()[0]}."
+        ) from None
+    if str(value_type) not in ("uint16", "uint32"):
+        raise ValueError(f"{artifact.url}/{name} holds tokens as {value_type}; a shard has uint16 or uint32.")
+    return Shard(artifact, name, record, num_tokens, str(value_type))
+
+
+def _column(row_group: pq.RowGroupMetaData) -> pq.ColumnChunkMetaData:
+    for index in range(row_group.num_columns):
+        if row_group.column(index).path_in_schema.split(".")[0] == "tokens":
+            return row_group.column(index)
+    raise KeyError("it has no column named tokens")
+
+
+def data_digest(shards: list[Shard]) -> str:
+    """Name the content of a split: a hash over its shards' digests, in order."""
+    return hashlib.sha256("\n".join(shard.record.sha256 for shard in shards).encode()).hexdigest()
+
+
+def default_cache_folder() -> Path:
+    """A folder of this user's own on this node's disk."""
+    return Path(tempfile.gettempdir()) / f"gpt-token-cache-{os.getuid()}"
+
+
+class TokenCache:
+    """Decoded shards in one local folder, shared by every process of the node and bounded in size.
+
+    A file appears whole or not at all: it is decoded beside its final name and renamed. A file lock (released
+    by the kernel when its holder dies, however it dies) lets one process decode while the others wait. A file
+    that is evicted while mapped stays readable for those who mapped it.
+    """
+
+    def __init__(self, folder: Path | str | None = None, max_bytes: int = 64 * GIGABYTE) -> None:
+        self.folder = Path(folder) if folder else default_cache_folder()
+        self.max_bytes = max_bytes
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self.folder.stat().st_uid != os.getuid():
+            # Anyone can make a folder in /tmp; tokens that somebody else can swap are not the corpus.
+            raise ValueError(f"The token cache {self.folder} belongs to another user; set stream.cache_folder.")
+
+    def open(self, shard: Shard) -> np.ndarray:
+        """Return the shard's tokens, mapped; the first to ask decodes it. Raises `ValueError` if it is corrupt."""
+        while True:
+            try:
+                return self._map(shard)
+            except FileNotFoundError:
+                self._decode(shard)  # and look again: another process may evict it in between
+
+    def _path(self, shard: Shard) -> Path:
+        return self.folder / f"{shard.record.sha256}.{shard.dtype}"
+
+    def _map(self, shard: Shard) -> np.ndarray:
+        path = self._path(shard)
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size != shard.decoded_bytes:
+                path.unlink(missing_ok=True)
+                raise FileNotFoundError(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path)  # what was used last is evicted last
+            # A plain array over the mapping: slicing a np.memmap costs several times as much.
+            return np.asarray(np.memmap(file, dtype=shard.dtype, mode="r"))
+
+    def _decode(self, shard: Shard) -> None:
+        with self._locked(shard):
+            path = self._path(shard)
+            if path.exists():
+                return
+            # Under the lock nobody else writes this name, so what a killed process left is overwritten.
+            partial = path.with_suffix(f"{path.suffix}.partial")
+            try:
+                self._make_room(shard.decoded_bytes)
+                with _local_copy(shard, self.folder) as source:
+                    check_digest(source, shard.record, f"{shard.artifact.url}/{shard.name}")
+                    _write_tokens(source, shard, partial)
+                os.replace(partial, path)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise ValueError(
+                    f"The disk of the token cache {self.folder} is full; make room there, set stream.cache_folder"
+                    " to another disk, or lower stream.cache_gigabytes."
+                ) from None
+            finally:
+                partial.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _locked(self, shard: Shard) -> Iterator[None]:
+        with open(self.folder / f"{shard.record.sha256}.lock", "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _make_room(self, wanted_bytes: int) -> None:
+        """Evict what was used longest ago until `wanted_bytes` more fit."""
+        files = []
+        for entry in os.scandir(self.folder):
+            if entry.name.endswith((".uint16", ".uint32")):
+                with contextlib.suppress(FileNotFoundError):
+                    status = entry.stat()
+                    files.append((status.st_mtime, status.st_size, Path(entry.path)))
+        excess = sum(size for _, size, _ in files) + wanted_bytes - self.max_bytes
+        for _, size, path in sorted(files):
+            if excess <= 0:
+                break
+            path.unlink(missing_ok=True)
+            excess -= size
+
+
+@contextlib.contextmanager
+def _local_copy(shard: Shard, folder: Path) -> Iterator[Path]:
+    """The shard's Parquet file on this machine: where it lies, or a download that is deleted afterwards."""
+    filesystem, path = shard.artifact.filesystem, shard.artifact.file(shard.name)
+    try:
+        if isinstance(filesystem, LocalFileSystem):
+            yield Path(path)
+            return
+        download = folder / f"{shard.record.sha256}.parquet.partial"
+        try:
+            filesystem.get_file(path, str(download))
+            yield download
+        finally:
+            download.unlink(missing_ok=True)
+    except FileNotFoundError:
+        raise _missing(f"{shard.artifact.url}/{shard.name}", shard.record) from None
+
+
+def _write_tokens(source: Path, shard: Shard, target: Path) -> None:
+    """Decode row group by row group, so that memory holds one of them, and check that documents end as one."""
+    end_of_text: Any = None
+    written = 0
+    with pq.ParquetFile(source, memory_map=True) as parquet, open(target, "wb") as file:
+        for group in range(parquet.num_row_groups):
+            for chunk in parquet.read_row_group(group, columns=["tokens"]).column("tokens").chunks:
+                tokens = np.asarray(chunk.flatten())
+                offsets = np.asarray(chunk.offsets)
+                if (np.diff(offsets) < 1).any():
+                    raise ValueError(f"{shard.where} holds a document without a token.")
+                last = tokens[offsets[1:] - offsets[0] - 1]
+                end_of_text = last[0] if end_of_text is None and len(last) else end_of_text
+                if (last != end_of_text).any():
+                    raise ValueError(f"{shard.where} holds a document that does not end with the end-of-text token.")
+                file.write(tokens.data)
+                written += len(tokens)
+        if written != shard.num_tokens:
+            raise ValueError(f"{shard.where} holds {written} tokens; its footer says {shard.num_tokens}.")
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut leaves a whole-looking file of zeros under the final name

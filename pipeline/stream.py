@@ -1,0 +1,417 @@
+"""The token stream: which tokens are in global batch s, on any number of workers, after any restart.
+
+    stream = TokenStream(shards, context_length=1024, batch_sequences=256, seed=1337)
+    for batch in stream.batches(first_step=4000, rank=rank, world_size=world_size): ...
+
+Batch s is a pure function of (the shards' digests, the seed, s), so the state of a run is its step alone:
+
+    corpus   its shards in a seeded order, cut into windows of about `window_tokens` tokens
+    epoch    a permutation of the windows
+    window   a ring: its shards joined in a new order, read from a new starting point; cut into sequences of
+             `context_length`, and these fully shuffled
+    batch s  sequences s * batch_sequences … (s + 1) * batch_sequences - 1 of the endless row of epochs
+
+Every token is a target exactly once per epoch. The ragged end: where a window's tokens do not fill its last
+sequence, that one goes on around the ring with its targets masked (-100), at most context_length - 1 positions
+in a window. The batch in which one epoch ends goes on with the next one.
+"""
+
+import bisect
+import hashlib
+import logging
+import os
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.artifacts import Artifact
+from pipeline.shards import GIGABYTE, Shard, TokenCache, data_digest, open_shards
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100  # the target that cross-entropy skips
+DEFAULT_WINDOW_TOKENS = 1_000_000_000  # 2 GB of local cache at 16 bits
+DEFAULT_CACHE_GIGABYTES = 64.0
+
+
+@dataclass
+class Batch:
+    """Some sequences of one global batch; n rows of context_length T."""
+
+    tokens: torch.Tensor  # [n, T] int64
+    targets: torch.Tensor  # [n, T] int64, the next tokens; -100 where there is nothing to predict
+    document_ids: torch.Tensor | None = None  # [n, T] int32, counted from 0 within each row
+    step: int = 0
+    global_tokens: int = 0  # targets to predict in the whole global batch, over all ranks
+
+    def split(self, micro_batch_sequences: int) -> list["Batch"]:
+        """Cut into micro-batches of at most so many rows; views, nothing is copied."""
+        return [
+            Batch(
+                self.tokens[row : row + micro_batch_sequences],
+                self.targets[row : row + micro_batch_sequences],
+                None if self.document_ids is None else self.document_ids[row : row + micro_batch_sequences],
+                self.step,
+                self.global_tokens,
+            )
+            for row in range(0, len(self.tokens), micro_batch_sequences)
+        ]
+
+
+def _random_bits(count: int, *facts: Any) -> np.ndarray:
+    """Random 64-bit integers named by `facts`; raw bits, the part of numpy's generators that never changes."""
+    digest = hashlib.blake2b(repr(facts).encode(), digest_size=16).digest()
+    return np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(count)
+
+
+def _random_order(count: int, *facts: Any) -> np.ndarray:
+    """A permutation of range(count) named by `facts`."""
+    return np.argsort(_random_bits(count, *facts), kind="stable")
+
+
+class Ring:
+    """Shards joined into one circle of tokens; after the last token comes the first."""
+
+    def __init__(self, shards: list[Shard]) -> None:
+        self.shards = shards
+        self.starts: list[int] = [0, *np.cumsum([shard.num_tokens for shard in shards]).tolist()]
+        self.num_tokens = self.starts[-1]
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Say which shard holds a position, and where in it."""
+        position %= self.num_tokens
+        index = bisect.bisect_right(self.starts, position) - 1
+        return index, position - self.starts[index]
+
+    def read(self, arrays: list[np.ndarray], position: int, out: np.ndarray) -> None:
+        """Fill `out` with the tokens from `position` on, around the ring as often as it takes."""
+        filled = 0
+        while filled < len(out):
+            index, local = self.locate(position + filled)
+            piece = arrays[index][local : local + len(out) - filled]
+            out[filled : filled + len(piece)] = piece
+            filled += len(piece)
+
+
+@dataclass(frozen=True)
+class Window:
+    """One window in one epoch: its ring with the tokens mapped, and the order of its sequences."""
+
+    ring: Ring
+    arrays: list[np.ndarray]
+    offset: int  # where in the ring sequence 0 starts
+    order: np.ndarray
+
+
+class TokenStream:
+    """Batches of one split, by step; see the head of this file for their order.
+
+    Raises `ValueError` at once if a shard is missing or cut short, or if the split is too small for one batch;
+    and, before the first batch that needs it, if a shard's digest is not the one in its manifest.
+    """
+
+    def __init__(
+        self,
+        shards: Artifact,
+        *,
+        context_length: int,
+        batch_sequences: int,
+        seed: int,
+        split: str = "train",
+        cache_folder: Path | str | None = None,
+        cache_gigabytes: float = DEFAULT_CACHE_GIGABYTES,
+        window_tokens: int = DEFAULT_WINDOW_TOKENS,
+        document_boundaries: bool = False,
+        pin_memory: bool = False,
+    ) -> None:
+        self.context_length = context_length
+        self.batch_sequences = batch_sequences
+        self.document_boundaries = document_boundaries
+        self.pin_memory = pin_memory
+        self.shards = open_shards(shards, split)
+        self.num_tokens = sum(shard.num_tokens for shard in self.shards)
+        if self.num_tokens < batch_sequences * context_length:
+            raise ValueError(
+                f"The {split} split of {shards.url} holds {self.num_tokens} tokens, and one batch takes"
+                f" {batch_sequences} sequences of {context_length}; add text, or lower train.batch_tokens"
+                " or model.context_length."
+            )
+        self.data_digest = data_digest(self.shards)
+        self._name = (self.data_digest, seed)
+        self._windows = self._divide(window_tokens)
+        self._lengths = [-(-sum(shard.num_tokens for shard in window) // context_length) for window in self._windows]
+        self.sequences_per_epoch = sum(self._lengths)
+        self.steps_per_epoch = -(-self.sequences_per_epoch // batch_sequences)  # to see every token at least once
+
+        self._cache = TokenCache(cache_folder, max_bytes=int(cache_gigabytes * GIGABYTE))
+        needed = sum(sorted(sum(shard.decoded_bytes for shard in window) for window in self._windows)[-2:])
+        if needed > self._cache.max_bytes:
+            raise ValueError(
+                f"stream.cache_gigabytes is {cache_gigabytes:g}; a window of the corpus and the next one take"
+                f" {needed / GIGABYTE:.3g}. Raise it, or lower stream.window_tokens."
+            )
+        self._opened: OrderedDict[tuple[int, int], Future[Window]] = OrderedDict()
+        self._lock = threading.Lock()
+        # Two: the window that is waited for is never queued behind one that is fetched ahead.
+        self._loaders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="token-window")
+        self._closed = False
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """Return this rank's share of global batch `step`: ranks in order, joined, are the global batch."""
+        if not 0 <= rank < world_size:
+            raise ValueError(f"Rank {rank} is not one of {world_size} workers.")
+        first_row = rank * self.batch_sequences // world_size
+        end_row = (rank + 1) * self.batch_sequences // world_size
+        length = self.context_length
+        masked: list[tuple[int, int]] = []
+        global_tokens = self.batch_sequences * length
+        buffer: np.ndarray | None = None
+        end_of_text = 0
+        for row, window, sequences in self._spans(step):
+            ring = window.ring
+            ragged = ring.num_tokens % length
+            last_sequence = ring.num_tokens // length if ragged else -1
+            if buffer is None:
+                buffer = np.empty((end_row - first_row, length + 1), window.arrays[0].dtype)
+                end_of_text = window.arrays[0][-1]
+            for index, sequence in enumerate(sequences.tolist(), start=row):
+                if sequence == last_sequence:
+                    global_tokens -= length - ragged
+                if first_row <= index < end_row:
+                    ring.read(window.arrays, window.offset + sequence * length, buffer[index - first_row])
+                    if sequence == last_sequence:
+                        masked.append((index - first_row, ragged))
+        assert buffer is not None
+        batch = _to_batch(buffer, end_of_text if self.document_boundaries else None, self.pin_memory)
+        for index, ragged in masked:
+            batch.targets[index, ragged:] = IGNORED
+        batch.step, batch.global_tokens = step, global_tokens
+        return batch
+
+    def batches(
+        self,
+        first_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        micro_batch_sequences: int | None = None,
+        prefetch: int = 4,
+    ) -> Iterator[Batch]:
+        """Yield this rank's batches from `first_step` on, without end, built ahead in the background.
+
+        With `micro_batch_sequences` each batch comes as several of at most so many rows; `Batch.step` tells
+        where the next one starts.
+        """
+        background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="token-batch")
+        try:
+            pending = deque(background.submit(self.batch, first_step + i, rank, world_size) for i in range(prefetch))
+            next_step = first_step + prefetch
+            while True:
+                batch = pending.popleft().result()
+                pending.append(background.submit(self.batch, next_step, rank, world_size))
+                next_step += 1
+                if micro_batch_sequences is None:
+                    yield batch
+                else:
+                    yield from batch.split(micro_batch_sequences)
+        finally:
+            background.shutdown(wait=False, cancel_futures=True)
+
+    def identity(self, step: int) -> dict[str, Any]:
+        """Name what is in global batch `step`: for each row, its shard and the first token's place in it."""
+        rows = []
+        for _, window, sequences in self._spans(step):
+            for sequence in sequences.tolist():
+                index, local = window.ring.locate(window.offset + sequence * self.context_length)
+                rows.append([window.ring.shards[index].name, local])
+        return {
+            "step": step,
+            "epoch": step * self.batch_sequences // self.sequences_per_epoch,
+            "seed": self._name[1],
+            "data_digest": self.data_digest,
+            "context_length": self.context_length,
+            "rows": rows,
+        }
+
+    def close(self) -> None:
+        """Stop fetching ahead; what is mapped is let go with the stream."""
+        self._closed = True
+        self._loaders.shutdown(wait=False, cancel_futures=True)
+
+    # The order: arithmetic alone, no token is read.
+
+    def _divide(self, window_tokens: int) -> list[list[Shard]]:
+        """Cut the shards, in a seeded order, into windows of about equal size."""
+        shards = [self.shards[index] for index in _random_order(len(self.shards), *self._name, "windows")]
+        count = max(1, round(self.num_tokens / window_tokens))
+        windows: list[list[Shard]] = [[] for _ in range(count)]
+        before = 0
+        for shard in shards:
+            middle = before + shard.num_tokens // 2
+            windows[middle * count // self.num_tokens].append(shard)
+            before += shard.num_tokens
+        return [window for window in windows if window]
+
+    def _window_order(self, epoch: int) -> list[int]:
+        return _random_order(len(self._windows), *self._name, "epoch", epoch).tolist()
+
+    def _spans(self, step: int) -> Iterator[tuple[int, Window, np.ndarray]]:
+        """Yield the parts of a global batch: its first row there, the window, the window's sequences in row order."""
+        row = 0
+        epoch, rest = divmod(step * self.batch_sequences, self.sequences_per_epoch)
+        while row < self.batch_sequences:
+            for place, index in enumerate(self._window_order(epoch)):
+                here = min(self._lengths[index] - rest, self.batch_sequences - row)
+                if here > 0:
+                    window = self._window(epoch, place)
+                    yield row, window, window.order[rest : rest + here]
+                    row += here
+                rest = max(0, rest - self._lengths[index])
+            epoch += 1
+
+    # The windows: opened when reached, the next one ahead of time.
+
+    def _window(self, epoch: int, place: int) -> Window:
+        last = place + 1 == len(self._windows)
+        with self._lock:
+            wanted = self._opening(epoch, place)
+            if wanted.done() and wanted.exception() is not None:
+                # Fetched ahead and failed; what was wrong may be mended by now.
+                del self._opened[epoch, place]
+                wanted = self._opening(epoch, place)
+            self._opening(*((epoch + 1, 0) if last else (epoch, place + 1)), ahead=True)
+            while len(self._opened) > 3:
+                self._opened.popitem(last=False)
+        return wanted.result()
+
+    def _opening(self, epoch: int, place: int, ahead: bool = False) -> Future[Window]:
+        key = (epoch, place)
+        if key not in self._opened:
+            self._opened[key] = self._loaders.submit(self._load, epoch, place)
+            if ahead:
+                self._opened[key].add_done_callback(_warn_of_failure)
+        self._opened.move_to_end(key)
+        return self._opened[key]
+
+    def _load(self, epoch: int, place: int) -> Window:
+        index = self._window_order(epoch)[place]
+        name = (*self._name, "window", epoch, index)
+        members = self._windows[index]
+        ring = Ring([members[i] for i in _random_order(len(members), *name, "ring")])
+        # The processes of a node start at different shards, so that each decodes some instead of all waiting for one.
+        start = os.getpid() * 7919 % len(members)
+        turn = [*range(start, len(members)), *range(start)]
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as decoders:
+            decoded = dict(zip(turn, decoders.map(self._open_shard, [ring.shards[i] for i in turn]), strict=True))
+        return Window(
+            ring=ring,
+            arrays=[decoded[i] for i in range(len(members))],
+            offset=int(_random_bits(1, *name, "offset")[0] % ring.num_tokens),
+            order=_random_order(self._lengths[index], *name, "sequences"),
+        )
+
+    def _open_shard(self, shard: Shard) -> np.ndarray:
+        if self._closed or not threading.main_thread().is_alive():
+            raise CancelledError  # the program is ending; it should not wait for a whole window
+        return self._cache.open(shard)
+
+
+def _warn_of_failure(future: Future[Window]) -> None:
+    if not future.cancelled() and isinstance(error := future.exception(), Exception):
+        logger.warning("Fetching ahead failed, training will stop when it gets there: %s", error)
+
+
+def _to_batch(buffer: np.ndarray, end_of_text: int | None, pin_memory: bool) -> Batch:
+    """Turn rows of context_length + 1 tokens into inputs, targets and, where asked, document ids."""
+    shape = (buffer.shape[0], buffer.shape[1] - 1)
+    tokens = torch.empty(shape, dtype=torch.int64, pin_memory=pin_memory)
+    targets = torch.empty(shape, dtype=torch.int64, pin_memory=pin_memory)
+    # numpy widens 16 bits some fifty times as fast as torch does.
+    np.copyto(tokens.numpy(), buffer[:, :-1])
+    np.copyto(targets.numpy(), buffer[:, 1:])
+    if end_of_text is None:
+        return Batch(tokens, targets)
+    document_ids = torch.zeros(shape, dtype=torch.int32, pin_memory=pin_memory)
+    np.cumsum(buffer[:, :-2] == end_of_text, axis=1, dtype=np.int32, out=document_ids.numpy()[:, 1:])
+    return Batch(tokens, targets, document_ids)
+
+
+class ValidationStream:
+    """The validation split in fixed order, each token scored once, up to `max_tokens` (0: all of them).
+
+    The first token is predicted from an end of text, as every document's first token is. Every rank gets the
+    same number of batches of the same shape, so that collective operations meet; what is too much is masked.
+    """
+
+    def __init__(
+        self,
+        shards: Artifact,
+        *,
+        context_length: int,
+        batch_sequences: int,
+        max_tokens: int = 0,
+        split: str = "val",
+        cache_folder: Path | str | None = None,
+        cache_gigabytes: float = DEFAULT_CACHE_GIGABYTES,
+        document_boundaries: bool = False,
+        pin_memory: bool = False,
+    ) -> None:
+        self.context_length = context_length
+        self.batch_sequences = batch_sequences
+        self.document_boundaries = document_boundaries
+        self.pin_memory = pin_memory
+        found = open_shards(shards, split)
+        total = sum(shard.num_tokens for shard in found)
+        self.num_tokens = min(total, max_tokens) if max_tokens else total
+        needed, covered = [], 0
+        for shard in found:
+            if covered < self.num_tokens:
+                needed.append(shard)
+                covered += shard.num_tokens
+        self._ring = Ring(needed)
+        self._cache = TokenCache(cache_folder, max_bytes=int(cache_gigabytes * GIGABYTE))
+
+    def batches(self, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Yield this rank's batches; each rank's share differs from the others' by at most one sequence."""
+        length = self.context_length
+        per_rank = -(-self.num_tokens // (length * world_size))
+        rows = min(self.batch_sequences, per_rank)
+        arrays = [self._cache.open(shard) for shard in self._ring.shards]
+        for step, first in enumerate(range(0, per_rank, rows or 1)):
+            sequences = [(first + row) * world_size + rank for row in range(rows)]
+            buffer = np.empty((rows, length + 1), arrays[0].dtype)
+            for row, sequence in enumerate(sequences):
+                # One before its first target; before the first of all lies, around the ring, an end of text.
+                self._ring.read(arrays, sequence * length - 1, buffer[row])
+            batch = _to_batch(buffer, arrays[0][-1] if self.document_boundaries else None, self.pin_memory)
+            for row, sequence in enumerate(sequences):
+                batch.targets[row, max(0, self.num_tokens - sequence * length) :] = IGNORED
+            batch.step = step
+            yield batch
+
+
+def validation_batches(
+    shards: Artifact,
+    *,
+    context_length: int,
+    batch_sequences: int,
+    max_tokens: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    cache_folder: Path | str | None = None,
+) -> Iterator[Batch]:
+    """Yield one rank's batches of the validation split; see `ValidationStream`."""
+    stream = ValidationStream(
+        shards,
+        context_length=context_length,
+        batch_sequences=batch_sequences,
+        max_tokens=max_tokens,
+        cache_folder=cache_folder,
+    )
+    return stream.batches(rank, world_size)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
-from pipeline import evaluate, prepare, register, tokenizer, train
+from pipeline import evaluate, lease, prepare, register, tokenizer, train
 from pipeline.artifacts import Artifact, Manifest, artifact_at, describe_difference, fingerprint
 from pipeline.config import Config
 from pipeline.sources import fingerprint_source
@@ -58,36 +58,39 @@ def run(
     """Run the stages that are not done, in order; return every manifest.
 
     `first` re-runs that stage and all after it. `only` runs a single stage, whose inputs must be done.
+    One run holds the pipeline's name at a time.
     Raises `ValueError` where a person can mend it.
     """
     artifacts = locate(config)
     manifests: dict[str, Manifest] = {}
     start = STAGE_NAMES.index(first) if first else len(STAGES)
-    for position, stage in enumerate(STAGES):
-        artifact = artifacts[stage.name]
-        forced = position >= start or (only == stage.name and first == only)
-        manifest = None if forced else _finished(stage, config, artifact)
-        wanted = only is None or only == stage.name
-        if manifest is None and not wanted:
-            if STAGE_NAMES.index(stage.name) < STAGE_NAMES.index(str(only)):
-                raise ValueError(
-                    f"{only} needs the {stage.name} stage with these settings, which is not done;"
-                    f" run python -m jobs.{stage.name} (or jobs.pipeline) first."
-                )
-            break
-        if manifest is not None:
-            if wanted:
-                report(f"{stage.name:<9} done already: {artifact.url}")
-        else:
-            if forced:
-                artifact.delete()
-            report(f"{stage.name:<9} …")
-            began = time.monotonic()
-            manifest = stage.module.run(config, {name: artifacts[name] for name in stage.inputs}, artifact)
-            report(f"{stage.name:<9} done in {_duration(time.monotonic() - began)}: {artifact.url}")
-        manifests[stage.name] = manifest
-        if only == stage.name:
-            break
+    with lease.hold(config.storage, config.name) as held:
+        for position, stage in enumerate(STAGES):
+            held.check()
+            artifact = artifacts[stage.name]
+            forced = position >= start or (only == stage.name and first == only)
+            manifest = None if forced else _finished(stage, config, artifact)
+            wanted = only is None or only == stage.name
+            if manifest is None and not wanted:
+                if STAGE_NAMES.index(stage.name) < STAGE_NAMES.index(str(only)):
+                    raise ValueError(
+                        f"{only} needs the {stage.name} stage with these settings, which is not done;"
+                        f" run python -m jobs.{stage.name} (or jobs.pipeline) first."
+                    )
+                break
+            if manifest is not None:
+                if wanted:
+                    report(f"{stage.name:<9} done already: {artifact.url}")
+            else:
+                if forced:
+                    artifact.delete()
+                report(f"{stage.name:<9} …")
+                began = time.monotonic()
+                manifest = stage.module.run(config, {name: artifacts[name] for name in stage.inputs}, artifact)
+                report(f"{stage.name:<9} done in {_duration(time.monotonic() - began)}: {artifact.url}")
+            manifests[stage.name] = manifest
+            if only == stage.name:
+                break
     return manifests
 
 

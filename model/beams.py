@@ -1,0 +1,129 @@
+"""Beam search: the likeliest texts of a request, found by keeping the best few at every step.
+
+The rule is that of `transformers` with its defaults (length_penalty=1, early_stopping=False): a text's score is
+its summed log-probability per token, and the search ends when no running beam can beat the worst text kept.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from model.sampling import TokenLogprob, penalize, token_logprobs
+from model.sequence import Chunk, FinishReason, GenerationRequest, Sequence, Work
+from model.tokenizer import Tokenizer
+
+
+@dataclass
+class Beam:
+    generated: list[int] = field(default_factory=list)
+    score: float = 0.0  # summed log-probability
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+class Beams:
+    """All beams of one request; each needs a slot, and they start from the first one's prompt."""
+
+    def __init__(self, request: GenerationRequest, tokenizer: Tokenizer) -> None:
+        self.request = request
+        self.settings = request.settings
+        self.num_slots = request.settings.num_beams
+        self.slots: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.running = [Beam()]
+        self.finished: list[tuple[float, Beam, FinishReason]] = []  # best first
+        # Reads the prompt, and afterwards the text of each answer.
+        self.prompt = Sequence(request, 0, 0, tokenizer)
+        self._tokenizer = tokenizer
+        self._stop_tokens = {tokenizer.end_of_text, *request.settings.stop_tokens}
+
+    @property
+    def in_prompt(self) -> bool:
+        return self.prompt.in_prompt
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens of each running beam in its slot: all but the newest."""
+        return self.prompt.num_cached + max(len(self.running[0].generated) - 1, 0)
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.num_cached * len(self.running)
+
+    def next_work(self, chunk_tokens: int) -> list[Work]:
+        if self.in_prompt:
+            self.prompt.slots = self.slots[:1]
+            return self.prompt.next_work(chunk_tokens)
+        position = self.prompt.prompt_length + len(self.running[0].generated) - 1
+        beams = zip(self.slots, self.running, strict=False)  # more slots than beams where the vocabulary is tiny
+        return [Work(slot, position, beam.generated[-1:], 1) for slot, beam in beams]
+
+    def advance(self, logits: Tensor) -> list[tuple[int, int]]:
+        """Extend the beams by one token, given logits [beams, V]; return (source, target) of slots to copy."""
+        settings = self.settings
+        width, vocabulary = settings.num_beams, logits.shape[-1]
+        scores = logits.float().log_softmax(-1)
+        if settings.adjusts_logits:
+            prompt = self.request.prompt_tokens
+            rows = zip(scores, self.running, strict=True)
+            scores = torch.stack([penalize(row, settings, prompt, beam.generated) for row, beam in rows])
+        totals = scores + torch.tensor([[beam.score] for beam in self.running], device=scores.device)
+        # So many that `width` go on even if every other one stops.
+        values, places = totals.flatten().topk(min((1 + len(self._stop_tokens)) * width, totals.numel()))
+        length = len(self.running[0].generated) + 1
+        last = length == settings.max_tokens
+        parents: list[int] = []
+        children: list[Beam] = []
+        for rank, (score, place) in enumerate(zip(values.tolist(), places.tolist(), strict=True)):
+            parent, token = divmod(place, vocabulary)
+            stops = token in self._stop_tokens
+            if (stops or last) and rank >= width:
+                continue
+            if not stops and len(children) == width:
+                continue
+            beam = self.running[parent]
+            child = Beam([*beam.generated, token], score, beam.logprobs)
+            if settings.logprobs is not None:
+                report = token_logprobs(logits[parent : parent + 1], [token], settings.logprobs)
+                child = replace(child, logprobs=beam.logprobs + report)
+            if stops or last:
+                self.finished.append((score / length, child, "stop" if stops else "length"))
+            else:
+                parents.append(parent)
+                children.append(child)
+        self.finished = sorted(self.finished, key=lambda entry: -entry[0])[:width]
+        full = len(self.finished) == width
+        if last or not children or (full and children[0].score / length <= self.finished[-1][0]):
+            self.finish_reason = self.finished[0][2]
+            return []
+        return self._take_slots(parents, children)
+
+    def _take_slots(self, parents: list[int], children: list[Beam]) -> list[tuple[int, int]]:
+        """Give each beam its parent's slot; a parent's further children get copies in slots that nobody kept."""
+        spare = [slot for place, slot in enumerate(self.slots) if place not in parents]
+        slots, copies, kept = [], [], set()
+        for parent in parents:
+            slot = self.slots[parent]
+            if slot in kept:
+                copies.append((slot, spare.pop()))
+                slot = copies[-1][1]
+            kept.add(slot)
+            slots.append(slot)
+        self.slots = [*slots, *spare]
+        self.running = children
+        return copies
+
+    def take_chunks(self) -> list[Chunk]:
+        """Return the n best texts, each in one chunk."""
+        chunks = []
+        for index, (_, beam, reason) in enumerate(self.finished[: self.settings.n]):
+            reader = Sequence(self.request, index, 0, self._tokenizer)
+            for place, token in enumerate(beam.generated):
+                if reader.finish_reason is None:
+                    reader.accept([token], beam.logprobs[place : place + 1] or None)
+            if reader.finish_reason is None:
+                reader.finish(reason)
+            chunk = reader.take_chunk(index)
+            assert chunk is not None
+            chunks += [self.prompt.prompt_chunk(index), chunk] if self.settings.echo else [chunk]
+        return chunks

@@ -1,0 +1,47 @@
+"""Text from a prompt, in one call: for samples while training, for the terminal, for MLflow's pyfunc.
+
+for text in stream_text(model, tokenizer, "Once upon", SamplingSettings(max_tokens=50, temperature=0.8)):
+    print(text, end="", flush=True)
+"""
+
+from collections.abc import Iterator
+
+from model.engine import Engine, EngineSettings
+from model.gpt import GPT
+from model.sampling import SamplingSettings
+from model.sequence import GenerationRequest
+from model.tokenizer import Tokenizer
+
+
+def complete(model: GPT, tokenizer: Tokenizer, prompt: str, settings: SamplingSettings) -> str:
+    """Return the text that the model continues a prompt with; the first of them where settings ask for several."""
+    return "".join(stream_text(model, tokenizer, prompt, settings))
+
+
+def stream_text(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    settings: SamplingSettings,
+    engine_settings: EngineSettings | None = None,
+) -> Iterator[str]:
+    """Yield the text piece by piece, whole characters only; the model's weights are used where and as they are.
+
+    An empty prompt starts a new document. Raises `ValueError` where the prompt does not fit the context.
+    """
+    if engine_settings is None:
+        places = max(settings.num_beams, min(settings.num_candidates, 16))
+        engine_settings = EngineSettings(max_batch_size=places, weights="as_is", backend="torch")
+    was_training = model.training
+    try:
+        engine = Engine(model, tokenizer, engine_settings)
+        tokens = tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text]
+        engine.add(GenerationRequest("", tokens, settings))
+        while engine.has_work:
+            for chunk in engine.step():
+                if chunk.finish_reason == "error":
+                    raise RuntimeError(chunk.error)
+                if chunk.index == 0 and chunk.text:
+                    yield chunk.text
+    finally:
+        model.train(was_training)

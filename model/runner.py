@@ -1,0 +1,176 @@
+"""What runs the model for the engine: tokens of many slots in, logits out, and the memory their keys and values take.
+
+Every runner keeps one promise: what a slot gets does not depend on the other slots, to the last bit. `TorchRunner`
+keeps it by shape: a step's single tokens always run as one batch of all slots, whoever is there, and a chunk of a
+prompt runs alone. It serves any device; on a CPU with a C++ compiler, `KernelRunner` is several times as fast.
+"""
+
+import copy
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.gpt import GPT, KVCache, ModelConfig
+from model.sequence import Work
+
+WEIGHTS = ("auto", "as_is", "float32", "bfloat16", "int8")
+
+
+class Runner(Protocol):
+    num_slots: int
+    weights: str
+    cache_dtype: torch.dtype
+    max_draft_tokens: int  # so many tokens more than one may a text run at once
+
+    def run(self, work: list[Work]) -> Tensor:
+        """Run the work and return its wanted logits [rows, V], in order, in float32."""
+
+    def copy(self, source: int, target: int, num_tokens: int) -> None:
+        """Make the first tokens of one slot those of another too."""
+
+    def weight_bytes(self) -> int:
+        """Return the memory that the weights take."""
+
+
+def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    return 2 * config.num_layers * config.kv_heads * config.channels_per_head * dtype.itemsize
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose weights are 8-bit integers, with one scale per output."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        weight, scale = quantize(linear.weight.detach())
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale.to(dtype))
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.linear(x, self.weight.to(x.dtype)) * self.scale
+        return out if self.bias is None else out + self.bias
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weights [outputs, inputs] as int8, and the scale of each output: symmetric, nothing clipped."""
+    scale = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127
+    return (weight.float() / scale[:, None]).round().to(torch.int8), scale
+
+
+def compute_dtype(model: GPT, weights: str) -> torch.dtype:
+    """Return the precision of activations and cache under `TorchRunner`."""
+    if weights == "as_is":
+        return model.embedding.weight.dtype
+    # CPUs without bfloat16 units emulate it slowly: int8 weights meet float32 there.
+    on_cpu = model.embedding.weight.device.type == "cpu"
+    return torch.float32 if weights == "float32" or (weights == "int8" and on_cpu) else torch.bfloat16
+
+
+def with_weights(model: GPT, weights: str) -> GPT:
+    """Return the model with its weights so stored; the given one is left as it is."""
+    dtype = compute_dtype(model, weights)
+    if weights != "int8" and model.embedding.weight.dtype == dtype:
+        return model
+    # Tables of rotary angles stay as exact as they are; RMSNorm computes in float32 whatever it is given.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model = copy.deepcopy(model).to(dtype)
+    for name, buffer in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer.to(dtype))
+    if weights == "int8":
+        for module in list(model.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(module, name, Int8Linear(child, dtype))
+    return model
+
+
+class TorchRunner:
+    """Runs `GPT` itself, on its own device; on CUDA the steps of single tokens replay as one graph."""
+
+    def __init__(self, model: GPT, num_slots: int, weights: str, max_draft_tokens: int, use_graph: bool) -> None:
+        self.model = with_weights(model, weights).eval()
+        self.weights = weights
+        self.num_slots = num_slots
+        self.device = model.embedding.weight.device
+        # Every step computes the width for every slot, drafts or not: free on a GPU, too dear on a CPU.
+        self.max_draft_tokens = max_draft_tokens if self.device.type == "cuda" else 0
+        self.width = 1 + self.max_draft_tokens
+        self.cache: KVCache = self.model.new_cache(num_slots)
+        self.cache_dtype = self.cache.keys.dtype
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if use_graph and self.device.type == "cuda":
+            self._capture()
+
+    @torch.inference_mode()
+    def run(self, work: list[Work]) -> Tensor:
+        short = [item for item in work if len(item.tokens) <= self.width and item.num_logits == len(item.tokens)]
+        batched = self._run_slots(short) if short else {}
+        rows = [batched[item.slot] if item.slot in batched else self._run_chunk(item) for item in work]
+        return torch.cat(rows).float()
+
+    @torch.inference_mode()
+    def copy(self, source: int, target: int, num_tokens: int) -> None:
+        for stored in (self.cache.keys, self.cache.values):
+            stored[:, target, :, :num_tokens] = stored[:, source, :, :num_tokens]
+
+    def weight_bytes(self) -> int:
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def _run_chunk(self, item: Work) -> Tensor:
+        end = item.start + len(item.tokens)
+        hidden = self.model.forward_hidden(
+            torch.tensor([item.tokens], device=self.device),
+            cache=self.cache,
+            slots=torch.tensor([item.slot], device=self.device),
+            positions=torch.arange(item.start, end, device=self.device)[None],
+            visible=end,
+        )
+        return self.model.logits(hidden[0, len(item.tokens) - item.num_logits :])
+
+    def _run_slots(self, work: list[Work]) -> dict[int, Tensor]:
+        """Run a few tokens of some slots, in the batch [slots, width] that has a place for every slot."""
+        capacity = self.cache.capacity
+        tokens = torch.zeros(self.num_slots, self.width, dtype=torch.long)
+        # Idle places write where nothing is read before it is overwritten: behind the end of their slot. The last
+        # position never holds a token's keys, because nothing follows a text that fills the context.
+        positions = torch.full((self.num_slots, self.width), capacity - 1, dtype=torch.long)
+        for item in work:
+            tokens[item.slot, : len(item.tokens)] = torch.tensor(item.tokens)
+            places = torch.arange(item.start, item.start + self.width)
+            positions[item.slot] = places.clamp(max=capacity - 1)
+        if self._graph is not None:
+            self._tokens.copy_(tokens, non_blocking=True)
+            self._positions.copy_(positions, non_blocking=True)
+            self._graph.replay()
+            logits = self._logits
+        else:
+            logits = self._forward(tokens.to(self.device), positions.to(self.device))
+        return {item.slot: logits[item.slot, : len(item.tokens)] for item in work}
+
+    def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        hidden = self.model.forward_hidden(tokens, cache=self.cache, positions=positions, visible=self.cache.capacity)
+        return self.model.logits(hidden)
+
+    @torch.inference_mode()
+    def _capture(self) -> None:
+        """Record the batch of all slots as a CUDA graph: one launch instead of some hundred."""
+        shape = (self.num_slots, self.width)
+        self._tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
+        self._positions = torch.full(shape, self.cache.capacity - 1, dtype=torch.long, device=self.device)
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # lets the libraries allocate their workspaces outside the graph
+                self._forward(self._tokens, self._positions)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._logits = self._forward(self._tokens, self._positions)
+        self._graph = graph

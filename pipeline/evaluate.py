@@ -13,14 +13,15 @@ from typing import Any
 import mlflow
 import ray
 import torch
+
 from model.checkpoint import load_model
 from model.generation import complete
 from model.sampling import SamplingSettings
 from model.tokenizer import Tokenizer, load_tokenizer
-
 from pipeline import tracking
 from pipeline.artifacts import Artifact, Manifest
 from pipeline.config import Config, result_settings
+from pipeline.registry import PROBE_TAG, measure_probe
 from pipeline.stream import validation_batches
 
 FORMAT_VERSION = 1
@@ -87,6 +88,7 @@ def score_checkpoint(config: Config, train: Artifact, shards: Artifact) -> dict[
         "perplexity": math.exp(min(nats / tokens, 700.0)),
         "tokens": tokens,
         "bytes": num_bytes,
+        PROBE_TAG: measure_probe(model, tokenizer),  # what serving compares with before it takes a version over
         "samples": write_samples(config, model, tokenizer),
     }
 

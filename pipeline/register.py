@@ -17,6 +17,7 @@ import model
 from pipeline import tracking
 from pipeline.artifacts import Artifact, Manifest
 from pipeline.config import Config, result_settings
+from pipeline.registry import PROBE_TAG
 
 FORMAT_VERSION = 1
 
@@ -72,6 +73,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
             "data_digest": inputs["prepare"].fingerprint,
             "num_parameters": str(trained.counts["num_parameters"]),
             "bits_per_byte": f"{evaluated.counts['bits_per_byte']:.5f}",
+            PROBE_TAG: f"{evaluated.counts[PROBE_TAG]:.5f}",
         }
         version = log_version(config, client, inputs["train"], trained, tags)
     client.set_registered_model_alias(name, config.register.alias, version)

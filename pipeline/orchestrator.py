@@ -63,35 +63,35 @@ def run(
     """
     artifacts = locate(config)
     manifests: dict[str, Manifest] = {}
-    start = STAGE_NAMES.index(first) if first else len(STAGES)
     with lease.hold(config.storage, config.name) as held:
         for position, stage in enumerate(STAGES):
+            if only not in (None, stage.name):
+                continue
             held.check()
             artifact = artifacts[stage.name]
-            forced = position >= start or (only == stage.name and first == only)
-            manifest = None if forced else _finished(stage, config, artifact)
-            wanted = only is None or only == stage.name
-            if manifest is None and not wanted:
-                if STAGE_NAMES.index(stage.name) < STAGE_NAMES.index(str(only)):
-                    raise ValueError(
-                        f"{only} needs the {stage.name} stage with these settings, which is not done;"
-                        f" run python -m jobs.{stage.name} (or jobs.pipeline) first."
-                    )
-                break
+            again = first is not None and position >= STAGE_NAMES.index(first)
+            manifest = None if again else _finished(stage, config, artifact)
             if manifest is not None:
-                if wanted:
-                    report(f"{stage.name:<9} done already: {artifact.url}")
+                report(f"{stage.name:<9} done already: {artifact.url}")
             else:
-                if forced:
+                _check_inputs(stage, artifacts)
+                if again:
                     artifact.delete()
                 report(f"{stage.name:<9} …")
                 began = time.monotonic()
                 manifest = stage.module.run(config, {name: artifacts[name] for name in stage.inputs}, artifact)
                 report(f"{stage.name:<9} done in {_duration(time.monotonic() - began)}: {artifact.url}")
             manifests[stage.name] = manifest
-            if only == stage.name:
-                break
     return manifests
+
+
+def _check_inputs(stage: Stage, artifacts: Mapping[str, Artifact]) -> None:
+    for name in stage.inputs:
+        if name != "source" and not artifacts[name].is_done:
+            raise ValueError(
+                f"{stage.name} needs the {name} stage with these settings, which is not done;"
+                f" run python -m jobs.{name} (or jobs.pipeline) first."
+            )
 
 
 def _finished(stage: Stage, config: Config, artifact: Artifact) -> Manifest | None:

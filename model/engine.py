@@ -22,6 +22,7 @@ from torch import Tensor
 
 from model.beams import Beams
 from model.gpt import GPT
+from model.kernel import KernelRunner, kernel_cache_dtype, load_kernel
 from model.runner import WEIGHTS, Runner, TorchRunner, cache_bytes_per_token, compute_dtype
 from model.sampling import SamplingSettings, TokenLogprob, choose, penalize, token_logprobs, uniform
 from model.sequence import Chunk, FinishReason, GenerationRequest, Sequence, Work
@@ -389,10 +390,20 @@ def _ranked_chunks(answer: Answer) -> list[Chunk]:
 def build_runner(model: GPT, settings: EngineSettings) -> Runner:
     """Choose what runs the model here, with as many slots as the cache's bound allows."""
     device = model.embedding.weight.device.type
+    require(settings.backend != "kernel" or device == "cpu", "The engine's backend=kernel is for the CPU.")
+    kernel = load_kernel() if device == "cpu" and settings.backend != "torch" else None
+    require(
+        settings.backend != "kernel" or kernel is not None,
+        "The engine's backend=kernel needs a C++ compiler; install one, or take backend=auto.",
+    )
     weights = settings.weights
     if weights == "auto":
-        weights = "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    dtype = compute_dtype(model, weights)
+        # The kernel reads bfloat16 at full speed anywhere; torch only where the hardware multiplies it.
+        fast = kernel is not None or (device == "cuda" and torch.cuda.is_bf16_supported())
+        weights = "bfloat16" if fast else "float32"
+    if kernel is not None and weights == "as_is":
+        weights = "float32" if model.embedding.weight.dtype == torch.float32 else "bfloat16"
+    dtype = kernel_cache_dtype(weights) if kernel is not None else compute_dtype(model, weights)
     slot_bytes = model.config.context_length * cache_bytes_per_token(model.config, dtype)
     num_slots = min(settings.max_batch_size, settings.cache_bytes // slot_bytes)
     require(
@@ -400,4 +411,6 @@ def build_runner(model: GPT, settings: EngineSettings) -> Runner:
         f"One text of {model.config.context_length} tokens takes {slot_bytes} bytes of cache; "
         f"the engine's cache_bytes allow {settings.cache_bytes}.",
     )
+    if kernel is not None:
+        return KernelRunner(kernel, model, num_slots, weights, settings.max_lookup_tokens)
     return TorchRunner(model, num_slots, weights, settings.max_lookup_tokens, use_graph=settings.backend != "torch")

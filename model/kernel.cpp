@@ -1,0 +1,456 @@
+// The forward pass of GPT for serving on a CPU: rows of tokens in, logits out. Both families; weights in float32,
+// bfloat16 or int8, activations in float32, everything read from memory once per step.
+//
+// A row is one token of one slot at one position. Each row is computed on its own, in an order of additions that
+// nothing else changes, so a token gets the same bits alone, in a full batch, in a prompt's chunk, or as a draft.
+//
+// Every product, attention's two included, is one routine: `multiply`. Its matrices lie in panels: [panel][input]
+// [PANEL outputs], so that memory is read in order and a vector register holds neighbouring outputs.
+//
+// GCC's and Clang's vector types compile to AVX2, AVX-512 or NEON, whatever the machine has.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+constexpr int PANEL = 2 * LANES;
+constexpr int MAX_ROWS = 6;  // rows a register tile holds: 6 rows x 2 vectors leave room in 16 registers
+
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+
+enum Type { FLOAT32, BFLOAT16, INT8 };
+
+// -- Numbers as they lie in memory ------------------------------------------------------------------------------------
+
+template <class T> T read(const void* at) {
+    T value;
+    std::memcpy(&value, at, sizeof value);
+    return value;
+}
+
+// PANEL neighbours become two vectors; `write_panel` puts two such vectors back in order.
+inline void read_panel(const float* at, Floats& first, Floats& second) {
+    first = read<Floats>(at);
+    second = read<Floats>(at + LANES);
+}
+inline void read_panel(const uint16_t* at, Floats& even, Floats& odd) {
+    // A bfloat16 is the upper half of a float32: one load gives the even neighbours and the odd ones.
+    const Ints pairs = read<Ints>(at);
+    even = (Floats)(pairs << 16);
+    odd = (Floats)(pairs & (int32_t)0xffff0000);
+}
+inline void read_panel(const int8_t* at, Floats& first, Floats& second) {
+    first = __builtin_convertvector(read<Bytes>(at), Floats);
+    second = __builtin_convertvector(read<Bytes>(at + LANES), Floats);
+}
+
+template <class T> void write_panel(float* at, Floats first, Floats second) {
+    if (sizeof(T) == 2) {
+        for (int lane = 0; lane < LANES; ++lane) at[2 * lane] = first[lane], at[2 * lane + 1] = second[lane];
+    } else {
+        std::memcpy(at, &first, sizeof first);
+        std::memcpy(at + LANES, &second, sizeof second);
+    }
+}
+
+inline void store(float* at, float value) { *at = value; }
+inline void store(uint16_t* at, float value) {  // rounds to the nearest, ties to even
+    const uint32_t bits = read<uint32_t>(&value);
+    *at = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline float load(const float* at) { return *at; }
+inline float load(const uint16_t* at) {
+    const uint32_t bits = uint32_t(*at) << 16;
+    return read<float>(&bits);
+}
+
+// -- The product ------------------------------------------------------------------------------------------------------
+
+// out[row][output] = sum over inputs of x[row][input] * panels[input][output], inputs in order, for ROWS rows and
+// PANELS panels: few enough sums to stay in registers, enough of them to hide the latency of an addition.
+template <int ROWS, int PANELS, class T>
+void multiply_tile(const T* panels, long panel_stride, int inputs, const float* x, long x_stride, float* out,
+                   long out_stride) {
+    Floats sums[ROWS][PANELS][2] = {};
+    for (int input = 0; input < inputs; ++input)
+        for (int panel = 0; panel < PANELS; ++panel) {
+            Floats first, second;
+            read_panel(panels + panel * panel_stride + (long)input * PANEL, first, second);
+            for (int row = 0; row < ROWS; ++row) {
+                const float scalar = x[row * x_stride + input];
+                sums[row][panel][0] += first * scalar;
+                sums[row][panel][1] += second * scalar;
+            }
+        }
+    for (int row = 0; row < ROWS; ++row)
+        for (int panel = 0; panel < PANELS; ++panel)
+            write_panel<T>(out + row * out_stride + panel * PANEL, sums[row][panel][0], sums[row][panel][1]);
+}
+
+template <int PANELS, class T>
+void multiply_rows(int rows, const T* panels, long panel_stride, int inputs, const float* x, long x_stride, float* out,
+                   long out_stride) {
+    const auto tile = [&](auto size) {
+        multiply_tile<decltype(size)::value, PANELS>(panels, panel_stride, inputs, x, x_stride, out, out_stride);
+    };
+    switch (rows) {
+        case 1: return tile(std::integral_constant<int, 1>());
+        case 2: return tile(std::integral_constant<int, 2>());
+        case 3: return tile(std::integral_constant<int, 3>());
+        case 4: return tile(std::integral_constant<int, 4>());
+        case 5: return tile(std::integral_constant<int, 5>());
+        case 6: return tile(std::integral_constant<int, 6>());
+    }
+}
+
+// The same for any number of rows and one or two panels: tiles of about equal height.
+template <class T>
+void multiply(int rows, int num_panels, const T* panels, long panel_stride, int inputs, const float* x, long x_stride,
+              float* out, long out_stride) {
+    const int tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    for (int tile = 0, row = 0; tile < tiles; ++tile) {
+        const int height = (rows - row + tiles - tile - 1) / (tiles - tile);
+        const float* from = x + row * x_stride;
+        float* to = out + row * out_stride;
+        if (num_panels == 2 && height <= MAX_ROWS / 2)
+            multiply_rows<2>(height, panels, panel_stride, inputs, from, x_stride, to, out_stride);
+        else
+            for (int panel = 0; panel < num_panels; ++panel)
+                multiply_rows<1>(height, panels + panel * panel_stride, panel_stride, inputs, from, x_stride,
+                                 to + panel * PANEL, out_stride);
+        row += height;
+    }
+}
+
+// -- Arithmetic on one row --------------------------------------------------------------------------------------------
+
+inline float sum(Floats values) {
+    float total = 0;
+    for (int lane = 0; lane < LANES; ++lane) total += values[lane];
+    return total;
+}
+
+inline Floats exponential(Floats x) {  // within 2 units in the last place on [-87, 87]
+    const Floats low = Floats{} - 87.0f, high = Floats{} + 87.0f;
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    const Floats magic = Floats{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    const Floats shifted = x * 1.44269504f + magic;
+    const Floats power = shifted - magic;
+    const Floats r = (x - power * 0.693359375f) + power * 2.12194440e-4f;
+    Floats series = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    series = series * r + 8.3334519073e-3f;
+    series = series * r + 4.1665795894e-2f;
+    series = series * r + 1.6666665459e-1f;
+    series = series * r + 5.0000001201e-1f;
+    series = series * (r * r) + r + 1.0f;
+    const Ints exponent = ((Ints)shifted - (Ints)magic) << 23;
+    return (Floats)((Ints)series + exponent);
+}
+
+// exp((score - highest) * scale), divided by their sum. The buffer has LANES floats more than `n`.
+void softmax(float* scores, int n, float scale) {
+    for (int i = n; i < n + LANES; ++i) scores[i] = -INFINITY;
+    Floats highest = read<Floats>(scores);
+    for (int i = LANES; i < n; i += LANES) {
+        const Floats part = read<Floats>(scores + i);
+        highest = part > highest ? part : highest;
+    }
+    const float top = *std::max_element((float*)&highest, (float*)&highest + LANES);
+    Floats total = {};
+    for (int i = 0; i < n; i += LANES) {
+        Floats part = exponential((read<Floats>(scores + i) - top) * scale);
+        for (int lane = n - i; lane < LANES; ++lane) part[lane] = 0;
+        std::memcpy(scores + i, &part, sizeof part);
+        total += part;
+    }
+    const float share = 1 / sum(total);
+    for (int i = 0; i < n; i += LANES) {
+        const Floats part = read<Floats>(scores + i) * share;
+        std::memcpy(scores + i, &part, sizeof part);
+    }
+}
+
+// Sum of (x - shift)^power, power 1 or 2.
+template <int POWER> float moment(const float* x, int n, float shift) {
+    Floats totals = {};
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const Floats part = read<Floats>(x + i) - shift;
+        totals += POWER == 1 ? part : part * part;
+    }
+    float total = sum(totals);
+    for (; i < n; ++i) total += POWER == 1 ? x[i] - shift : (x[i] - shift) * (x[i] - shift);
+    return total;
+}
+
+// RMSNorm, or LayerNorm where there is a bias.
+void normalise(const float* x, int n, const float* weight, const float* bias, float epsilon, float* out) {
+    const float mean = bias ? moment<1>(x, n, 0) / n : 0;
+    const float scale = 1 / std::sqrt(moment<2>(x, n, mean) / n + epsilon);
+    for (int i = 0; i < n; ++i) out[i] = (x[i] - mean) * scale * weight[i] + (bias ? bias[i] : 0);
+}
+
+void rotate(float* x, int n, const float* cosines, const float* sines) {
+    for (int i = 0; i < n / 2; ++i) {
+        const float first = x[i], second = x[i + n / 2];
+        x[i] = first * cosines[i] - second * sines[i];
+        x[i + n / 2] = second * cosines[i] + first * sines[i];
+    }
+}
+
+// -- The model --------------------------------------------------------------------------------------------------------
+
+extern "C" {
+
+struct Linear {
+    const void* panels;  // [outputs / PANEL][inputs][PANEL]; outputs rounded up to whole panels
+    const float* scale;  // per output, for int8
+    const float* bias;   // per output, or null
+    int32_t inputs, outputs;
+};
+
+struct Norm {
+    const float *weight, *bias;  // bias: null for RMSNorm
+};
+
+struct Layer {
+    Norm attention_norm, query_norm, key_norm, mlp_norm;
+    Linear qkv, attention_output, up, mlp_output;
+};
+
+struct Model {
+    int32_t modern, num_layers, width, heads, kv_heads, head_dim, mlp_width, context, slots, weight_type, cache_type;
+    float epsilon;
+    const void *embedding, *position_embedding;  // bfloat16 or float32, as the cache
+    const float *cosines, *sines;                // [context][head_dim]
+    const Layer* layers;
+    Norm norm;
+    Linear head;
+    void *keys, *values;  // [layer][slot][head], then panels over positions (keys) and over channels (values)
+};
+
+struct Batch {
+    int32_t rows, num_logits, threads;
+    const int32_t *tokens, *slots, *positions, *logit_rows;
+    float* workspace;  // `workspace_floats` of them
+    float* logits;     // [num_logits][head.outputs]
+};
+
+int32_t panel_width() { return PANEL; }
+}
+
+constexpr long round_up(long n) { return (n + PANEL - 1) / PANEL * PANEL; }
+
+struct Buffers {  // one line per row; scores: per thread
+    float *x, *normed, *qkv, *mixed, *hidden, *scores;
+    long width_stride, qkv_stride, mixed_stride, hidden_stride, scores_stride, scores_size;
+};
+
+static long lay_out(const Model& model, int rows, int threads, float* base, Buffers* buffers) {
+    Buffers b{};
+    b.qkv_stride = round_up((model.heads + 2 * model.kv_heads) * model.head_dim);
+    b.width_stride = round_up(model.width);
+    b.mixed_stride = round_up(model.heads * model.head_dim);
+    b.hidden_stride = round_up(2 * model.mlp_width) + PANEL;  // `activate` works in whole vectors
+    b.scores_stride = round_up(model.context) + PANEL;
+    // Of one group of heads: its scores, and its output in whole panels.
+    b.scores_size = model.heads / model.kv_heads * (b.scores_stride + round_up(model.head_dim));
+    long used = 0;
+    const auto take = [&](long count) {
+        float* at = base + used;
+        used += round_up(count);
+        return at;
+    };
+    b.x = take(rows * b.width_stride);
+    b.normed = take(rows * b.width_stride);
+    b.qkv = take(rows * b.qkv_stride);
+    b.mixed = take(rows * b.mixed_stride);
+    b.hidden = take(rows * b.hidden_stride);
+    b.scores = take(threads * b.scores_size);
+    if (buffers) *buffers = b;
+    return used;
+}
+
+extern "C" int64_t workspace_floats(const Model* model, int32_t rows, int32_t threads) {
+    return lay_out(*model, rows, threads, nullptr, nullptr);
+}
+
+// out = (x W) * scale + bias, or added to out. Called by all threads, which share the panels.
+template <class T>
+void apply(const Linear& linear, int rows, const float* x, long x_stride, float* out, long out_stride, bool add) {
+    const int panels = linear.outputs / PANEL;
+    const long panel_stride = (long)linear.inputs * PANEL;
+#pragma omp for schedule(static)
+    for (int panel = 0; panel < panels; panel += 2) {
+        const int count = std::min(2, panels - panel);
+        const int first = panel * PANEL, last = first + count * PANEL;
+        const T* weights = (const T*)linear.panels + panel * panel_stride;
+        // A few rows at a time, so that sums are finished while they are in the cache.
+        for (int row = 0; row < rows; row += 2 * MAX_ROWS) {
+            float sums[2 * MAX_ROWS][2 * PANEL];
+            const int height = std::min(2 * MAX_ROWS, rows - row);
+            multiply(height, count, weights, panel_stride, linear.inputs, x + row * x_stride, x_stride, sums[0],
+                     2 * PANEL);
+            for (int r = 0; r < height; ++r) {
+                float* to = out + (row + r) * out_stride;
+                for (int output = first; output < last; ++output) {
+                    float value = sums[r][output - first];
+                    if (linear.scale) value *= linear.scale[output];
+                    if (linear.bias) value += linear.bias[output];
+                    to[output] = add ? to[output] + value : value;
+                }
+            }
+        }
+    }
+}
+
+template <class C>
+void attend(const Model& model, int layer, const Batch& batch, const Buffers& b, float* scores) {
+    const int group = model.heads / model.kv_heads, dim = model.head_dim, dim_padded = (int)round_up(dim);
+    const long key_size = (long)round_up(model.context) * dim, value_size = (long)model.context * dim_padded;
+    C* const all_keys = (C*)model.keys + (long)layer * model.slots * model.kv_heads * key_size;
+    C* const all_values = (C*)model.values + (long)layer * model.slots * model.kv_heads * value_size;
+    const auto keys_of = [&](int row, int head) {
+        return all_keys + ((long)batch.slots[row] * model.kv_heads + head) * key_size;
+    };
+    const auto values_of = [&](int row, int head) {
+        return all_values + ((long)batch.slots[row] * model.kv_heads + head) * value_size;
+    };
+
+    // Each row's keys and values go into its slot before any row looks at them.
+#pragma omp for schedule(static)
+    for (int row = 0; row < batch.rows; ++row) {
+        const int position = batch.positions[row];
+        float* queries = b.qkv + row * b.qkv_stride;
+        if (model.modern)
+            for (int head = 0; head < model.heads + model.kv_heads; ++head) {
+                float* x = queries + head * dim;
+                const Norm& norm = head < model.heads ? model.layers[layer].query_norm : model.layers[layer].key_norm;
+                normalise(x, dim, norm.weight, nullptr, model.epsilon, x);
+                rotate(x, dim, model.cosines + (long)position * dim, model.sines + (long)position * dim);
+            }
+        for (int head = 0; head < model.kv_heads; ++head) {
+            const float* key = queries + (model.heads + head) * dim;
+            const float* value = key + model.kv_heads * dim;
+            C* keys = keys_of(row, head) + (long)(position / PANEL) * dim * PANEL + position % PANEL;
+            C* values = values_of(row, head) + (long)position * PANEL;
+            for (int d = 0; d < dim; ++d) {
+                store(keys + d * PANEL, key[d]);
+                store(values + (long)(d / PANEL) * model.context * PANEL + d % PANEL, value[d]);
+            }
+        }
+    }
+
+    const float scale = 1 / std::sqrt((float)dim);
+    float* const mixed = scores + group * b.scores_stride;
+#pragma omp for schedule(static)
+    for (int item = 0; item < batch.rows * model.kv_heads; ++item) {
+        const int row = item / model.kv_heads, head = item % model.kv_heads;
+        const int length = batch.positions[row] + 1;
+        const float* queries = b.qkv + row * b.qkv_stride + head * group * dim;
+        const C *keys = keys_of(row, head), *values = values_of(row, head);
+        for (int panel = 0; panel * PANEL < length; panel += 2) {
+            const int count = std::min(2, (length - panel * PANEL + PANEL - 1) / PANEL);
+            multiply(group, count, keys + (long)panel * dim * PANEL, (long)dim * PANEL, dim, queries, dim,
+                     scores + panel * PANEL, b.scores_stride);
+        }
+        for (int h = 0; h < group; ++h) softmax(scores + h * b.scores_stride, length, scale);
+        for (int panel = 0; panel < dim_padded / PANEL; panel += 2) {
+            const int count = std::min(2, dim_padded / PANEL - panel);
+            multiply(group, count, values + (long)panel * model.context * PANEL, (long)model.context * PANEL, length,
+                     scores, b.scores_stride, mixed + panel * PANEL, dim_padded);
+        }
+        for (int h = 0; h < group; ++h)
+            std::memcpy(b.mixed + row * b.mixed_stride + (head * group + h) * dim, mixed + h * dim_padded,
+                        dim * sizeof(float));
+    }
+}
+
+static void activate(const Model& model, int rows, const Buffers& b) {
+    // In whole vectors: one past the end of the gates overwrites only what has been read before.
+#pragma omp for schedule(static)
+    for (int row = 0; row < rows; ++row) {
+        float* gate = b.hidden + row * b.hidden_stride;
+        for (int i = 0; i < model.mlp_width; i += LANES) {
+            const Floats x = read<Floats>(gate + i);
+            Floats out;
+            if (model.modern) {
+                out = x / (1.0f + exponential(-x)) * read<Floats>(gate + model.mlp_width + i);  // SwiGLU
+            } else {
+                const Floats inner = 1.5957691216f * (x + 0.044715f * x * x * x);  // GELU by tanh, as a logistic
+                out = x / (1.0f + exponential(-inner));
+            }
+            std::memcpy(gate + i, &out, sizeof out);
+        }
+    }
+}
+
+static void normalise_rows(const Model& model, const Norm& norm, int rows, const Buffers& b) {
+#pragma omp for schedule(static)
+    for (int row = 0; row < rows; ++row)
+        normalise(b.x + row * b.width_stride, model.width, norm.weight, norm.bias, model.epsilon,
+                  b.normed + row * b.width_stride);
+}
+
+// W: type of the weights, C: of the cache and the embeddings.
+template <class W, class C> void run(const Model& model, const Batch& batch) {
+    Buffers b;
+    lay_out(model, batch.rows, batch.threads, batch.workspace, &b);
+    const int rows = batch.rows, width = model.width;
+#pragma omp parallel num_threads(batch.threads)
+    {
+#ifdef _OPENMP
+        const int thread = omp_get_thread_num();
+#else
+        const int thread = 0;
+#endif
+        float* scores = b.scores + thread * b.scores_size;
+#pragma omp for schedule(static)
+        for (int row = 0; row < rows; ++row)
+            for (int i = 0; i < width; ++i) {
+                float value = load((const C*)model.embedding + (long)batch.tokens[row] * width + i);
+                if (!model.modern)
+                    value += load((const C*)model.position_embedding + (long)batch.positions[row] * width + i);
+                b.x[row * b.width_stride + i] = value;
+            }
+        for (int number = 0; number < model.num_layers; ++number) {
+            const Layer& layer = model.layers[number];
+            normalise_rows(model, layer.attention_norm, rows, b);
+            apply<W>(layer.qkv, rows, b.normed, b.width_stride, b.qkv, b.qkv_stride, false);
+            attend<C>(model, number, batch, b, scores);
+            apply<W>(layer.attention_output, rows, b.mixed, b.mixed_stride, b.x, b.width_stride, true);
+            normalise_rows(model, layer.mlp_norm, rows, b);
+            apply<W>(layer.up, rows, b.normed, b.width_stride, b.hidden, b.hidden_stride, false);
+            activate(model, rows, b);
+            apply<W>(layer.mlp_output, rows, b.hidden, b.hidden_stride, b.x, b.width_stride, true);
+        }
+#pragma omp for schedule(static)
+        for (int i = 0; i < batch.num_logits; ++i)
+            normalise(b.x + batch.logit_rows[i] * b.width_stride, width, model.norm.weight, model.norm.bias,
+                      model.epsilon, b.normed + i * b.width_stride);
+        apply<W>(model.head, batch.num_logits, b.normed, b.width_stride, batch.logits, model.head.outputs, false);
+    }
+}
+
+extern "C" int32_t forward(const Model* model, const Batch* batch) {
+    const bool full = model->cache_type == FLOAT32;
+    switch (model->weight_type) {
+        case FLOAT32: full ? run<float, float>(*model, *batch) : run<float, uint16_t>(*model, *batch); return 0;
+        case BFLOAT16: full ? run<uint16_t, float>(*model, *batch) : run<uint16_t, uint16_t>(*model, *batch); return 0;
+        case INT8: full ? run<int8_t, float>(*model, *batch) : run<int8_t, uint16_t>(*model, *batch); return 0;
+    }
+    return 1;
+}

@@ -1,0 +1,266 @@
+"""`KernelRunner`: the engine's fast way on a CPU, through the C++ forward pass of kernel.cpp.
+
+The source is compiled once per machine, with the first C++ compiler found, into the user's cache folder. Where
+that does not succeed, `load_kernel` says why and returns None, and `TorchRunner` serves in its place.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.gpt import GPT, GeluMLP
+from model.runner import quantize
+from model.sequence import Work
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("kernel.cpp")
+# Contraction rounds a*b+c once, everywhere alike; no fast-math: it would reorder sums.
+FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
+TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}  # `Type` in kernel.cpp
+
+
+@functools.cache
+def load_kernel() -> ctypes.CDLL | None:
+    """Return the compiled forward pass, compiling it first where this machine has not yet; None where it cannot."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
+    try:
+        library = _library_path(compiler)
+        if not library.exists():
+            if compiler is None:
+                log.info("There is no C++ compiler, so the model runs in torch, several times slower.")
+                return None
+            _compile(compiler, library)
+        kernel = ctypes.CDLL(str(library))
+    except (OSError, subprocess.SubprocessError) as error:
+        details = getattr(error, "stderr", None) or str(error)
+        log.warning("kernel.cpp could not be compiled, so the model runs in torch, several times slower: %s", details)
+        return None
+    kernel.workspace_floats.restype = ctypes.c_int64
+    return kernel
+
+
+def _library_path(compiler: str | None) -> Path:
+    """Name the library by all that decides its machine code: a cache folder may be shared between machines."""
+    cpu = Path("/proc/cpuinfo")
+    features = (
+        next((line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+        if (cpu.exists())
+        else platform.processor()
+    )
+    parts = (SOURCE.read_text(), " ".join(FLAGS), platform.machine(), features)
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return folder / "gpt-kernel" / f"{digest}.so"
+
+
+def _compile(compiler: str, library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        # Built aside and moved, so that processes starting together never load half a file.
+        built = Path(folder) / library.name
+        subprocess.run(
+            [compiler, *FLAGS, str(SOURCE), "-o", str(built)], check=True, capture_output=True, text=True, timeout=300
+        )
+        built.rename(library)
+
+
+# The structs of kernel.cpp, field by field.
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [
+        ("panels", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("inputs", ctypes.c_int32),
+        ("outputs", ctypes.c_int32),
+    ]
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _Norm) for name in ("attention_norm", "query_norm", "key_norm", "mlp_norm")),
+        *((name, _Linear) for name in ("qkv", "attention_output", "up", "mlp_output")),
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "modern",
+                "num_layers",
+                "width",
+                "heads",
+                "kv_heads",
+                "head_dim",
+                "mlp_width",
+                "context",
+                "slots",
+                "weight_type",
+                "cache_type",
+            )
+        ),
+        ("epsilon", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("embedding", "position_embedding", "cosines", "sines")),
+        ("layers", ctypes.POINTER(_Layer)),
+        ("norm", _Norm),
+        ("head", _Linear),
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+    ]
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("rows", "num_logits", "threads")),
+        *((name, ctypes.c_void_p) for name in ("tokens", "slots", "positions", "logit_rows", "workspace", "logits")),
+    ]
+
+
+def kernel_cache_dtype(weights: str) -> torch.dtype:
+    """Return the precision in which the kernel keeps keys and values, and its embedding tables."""
+    return torch.float32 if weights == "float32" else torch.bfloat16
+
+
+class KernelRunner:
+    """Runs all work of a step in one call; its promise is kept by the kernel, which computes every row alone."""
+
+    def __init__(self, kernel: ctypes.CDLL, model: GPT, num_slots: int, weights: str, max_draft_tokens: int) -> None:
+        config = model.config
+        self.num_slots = num_slots
+        self.weights = weights
+        self.cache_dtype = kernel_cache_dtype(weights)
+        self.max_draft_tokens = max_draft_tokens
+        self.vocab_size = model.vocab_size
+        self._kernel = kernel
+        self._panel = int(kernel.panel_width())
+        self._tensors: list[Tensor] = []  # whose memory the structs point to
+        self._weight_bytes = 0
+        head_dim = config.channels_per_head
+        panels = -(-config.context_length // self._panel), -(-head_dim // self._panel)
+        slots = (config.num_layers, num_slots, config.kv_heads)
+        self.keys = torch.zeros(*slots, panels[0], head_dim, self._panel, dtype=self.cache_dtype)
+        self.values = torch.zeros(*slots, panels[1], config.context_length, self._panel, dtype=self.cache_dtype)
+        layers = (_Layer * config.num_layers)(*map(self._layer, model.blocks))
+        position_embedding = model.position_embedding
+        self._model = _Model(
+            modern=config.is_modern,
+            num_layers=config.num_layers,
+            width=config.width,
+            heads=config.num_heads,
+            kv_heads=config.kv_heads,
+            head_dim=head_dim,
+            mlp_width=config.mlp_channels,
+            context=config.context_length,
+            slots=num_slots,
+            weight_type=TYPES[weights],
+            cache_type=TYPES["float32" if self.cache_dtype == torch.float32 else "bfloat16"],
+            epsilon=config.norm_epsilon,
+            embedding=self._keep(model.embedding.weight, self.cache_dtype),
+            position_embedding=self._keep(position_embedding.weight, self.cache_dtype) if position_embedding else None,
+            cosines=self._keep(model.cosines) if config.is_modern else None,
+            sines=self._keep(model.sines) if config.is_modern else None,
+            layers=layers,
+            norm=self._norm(model.norm),
+            head=self._linear(model.head),
+            keys=self.keys.data_ptr(),
+            values=self.values.data_ptr(),
+        )
+        self._workspace = torch.empty(0)
+
+    def run(self, work: list[Work]) -> Tensor:
+        tokens: list[int] = []
+        slots: list[int] = []
+        positions: list[int] = []
+        logit_rows: list[int] = []
+        for item in work:
+            tokens += item.tokens
+            slots += [item.slot] * len(item.tokens)
+            positions += range(item.start, item.start + len(item.tokens))
+            logit_rows += range(len(tokens) - item.num_logits, len(tokens))
+        threads = torch.get_num_threads()
+        needed = self._kernel.workspace_floats(ctypes.byref(self._model), len(tokens), threads)
+        if len(self._workspace) < needed:
+            self._workspace = torch.empty(needed)
+        inputs = [torch.tensor(values, dtype=torch.int32) for values in (tokens, slots, positions, logit_rows)]
+        logits = torch.empty(len(logit_rows), self._model.head.outputs)
+        batch = _Batch(
+            len(tokens),
+            len(logit_rows),
+            threads,
+            *(tensor.data_ptr() for tensor in inputs),
+            self._workspace.data_ptr(),
+            logits.data_ptr(),
+        )
+        self._kernel.forward(ctypes.byref(self._model), ctypes.byref(batch))
+        return logits[:, : self.vocab_size]
+
+    def copy(self, source: int, target: int, num_tokens: int) -> None:
+        panels = -(-num_tokens // self._panel)
+        self.keys[:, target, :, :panels] = self.keys[:, source, :, :panels]
+        self.values[:, target, :, :, :num_tokens] = self.values[:, source, :, :, :num_tokens]
+
+    def weight_bytes(self) -> int:
+        return self._weight_bytes
+
+    def _layer(self, block: Any) -> _Layer:
+        attention, mlp = block.attention, block.mlp
+        modern = not isinstance(mlp, GeluMLP)
+        return _Layer(
+            attention_norm=self._norm(block.attention_norm),
+            query_norm=self._norm(attention.query_norm) if modern else _Norm(),
+            key_norm=self._norm(attention.key_norm) if modern else _Norm(),
+            mlp_norm=self._norm(block.mlp_norm),
+            qkv=self._linear(attention.qkv),
+            attention_output=self._linear(attention.output),
+            up=self._linear(mlp.gate_up if modern else mlp.up),
+            mlp_output=self._linear(mlp.output),
+        )
+
+    def _norm(self, norm: Any) -> _Norm:
+        bias = getattr(norm, "bias", None)
+        return _Norm(self._keep(norm.weight), None if bias is None else self._keep(bias))
+
+    def _linear(self, linear: nn.Linear) -> _Linear:
+        outputs = -(-linear.out_features // self._panel) * self._panel
+        scale = None
+        if self.weights == "int8":
+            weight, scale = quantize(linear.weight.detach())
+        else:
+            weight = linear.weight.detach().to(torch.float32 if self.weights == "float32" else torch.bfloat16)
+        padded = weight.new_zeros(outputs, linear.in_features)
+        padded[: linear.out_features] = weight
+        packed = padded.view(-1, self._panel, linear.in_features).transpose(1, 2)
+        return _Linear(
+            self._keep(packed, packed.dtype),
+            None if scale is None else self._keep(nn.functional.pad(scale, (0, outputs - len(scale)))),
+            None
+            if linear.bias is None
+            else self._keep(nn.functional.pad(linear.bias, (0, outputs - len(linear.bias)))),
+            linear.in_features,
+            outputs,
+        )
+
+    def _keep(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> int:
+        """Copy a tensor to where it stays, and return its address."""
+        kept = tensor.detach().to(dtype, copy=True).contiguous()
+        self._tensors.append(kept)
+        self._weight_bytes += kept.numel() * kept.element_size()
+        return kept.data_ptr()

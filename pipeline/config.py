@@ -20,41 +20,72 @@ from omegaconf.errors import OmegaConfBaseException
 from model.gpt import ModelConfig
 from model.optimizer import OptimizerConfig
 from model.settings import require, setting
+from model.tokenizer import NAMED_TOKENIZERS
 
 
 @dataclass(frozen=True)
 class SourceConfig:
     kind: str = setting("python-docs", "where documents come from: python-docs, files or openwebtext")
-    paths: list[str] = setting([], "for files: files, folders or globs, local or s3://; the ending says the format")
+    paths: list[str] = setting(
+        [],
+        "files, folders or globs, local or s3://; the ending says the format; for openwebtext: a mirror, else the hub",
+    )
     text_column: str = setting("text", "for .jsonl and .parquet: the column that holds the text")
+    split_text: str = setting("files", "for .txt: one document per file (files) or per paragraph block (blank-lines)")
+    invalid_text: str = setting("replace", "what to do with text that is not valid UTF-8: replace, skip or fail")
+    dataset: str = setting("Skylion007/openwebtext", "for openwebtext: the name of the dataset on the hub")
     revision: str = setting("main", "for openwebtext: the hub revision (a commit hash pins it)")
 
     def __post_init__(self) -> None:
         kinds = ("python-docs", "files", "openwebtext")
         require(self.kind in kinds, f"source.kind is {self.kind!r}; it can be {', '.join(kinds)}.")
         require(self.kind != "files" or bool(self.paths), "source.kind=files needs source.paths.")
+        require(self.split_text in ("files", "blank-lines"), "source.split_text can be files or blank-lines.")
+        policies = ("replace", "skip", "fail")
+        require(self.invalid_text in policies, f"source.invalid_text can be {', '.join(policies)}.")
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     kind: str = setting("bpe", "bpe (trained on the corpus), char, or a name tiktoken knows, such as gpt2")
     vocabulary_size: int = setting(8192, "for bpe and char: the number of tokens, special and byte tokens included")
+    pattern: str = setting("gpt4", "for bpe: how text is split before merging: gpt2, gpt4 or a regular expression")
+    sample_megabytes: int = setting(200, "for bpe and char: how much of the corpus is read to learn the vocabulary")
 
     def __post_init__(self) -> None:
+        kinds = ("bpe", "char", *NAMED_TOKENIZERS)
+        require(self.kind in kinds, f"tokenizer.kind is {self.kind!r}; it can be {', '.join(kinds)}.")
         require(
             self.vocabulary_size >= 257,
             "tokenizer.vocabulary_size must be at least 257 (256 bytes and the end of text).",
         )
+        require(self.sample_megabytes > 0, "tokenizer.sample_megabytes must be positive.")
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
     validation_fraction: float = setting(0.01, "share of documents, chosen by a hash of their text, held out")
-    shard_tokens: int = setting(50_000_000, "about how many tokens one Parquet shard holds")
+    shard_tokens: int = setting(10_000_000, "about how many tokens one Parquet shard holds; also one worker's task")
+    min_characters: int = setting(0, "drop documents with fewer characters")
+    max_characters: int = setting(0, "drop documents with more characters; 0 keeps all")
+    quality_filter: bool = setting(False, "drop what does not read like prose (the rule is in pipeline/cleaning.py)")
+    drop_exact_duplicates: bool = setting(False, "keep only the first of documents with the same text")
+    drop_near_duplicates: bool = setting(False, "keep only the first of documents that are nearly the same (MinHash)")
+    near_duplicate_similarity: float = setting(0.8, "the share of common 5-word runs from which on texts are the same")
+    workers: int = setting(0, "tasks at a time; 0 uses every CPU of the cluster", affects_result=False)
 
     def __post_init__(self) -> None:
         require(0 < self.validation_fraction < 1, "prepare.validation_fraction must lie between 0 and 1.")
         require(self.shard_tokens > 0, "prepare.shard_tokens must be positive.")
+        require(self.min_characters >= 0, "prepare.min_characters cannot be negative.")
+        require(
+            self.max_characters == 0 or self.max_characters >= self.min_characters,
+            "prepare.max_characters cannot be below prepare.min_characters.",
+        )
+        require(
+            0.5 <= self.near_duplicate_similarity <= 1, "prepare.near_duplicate_similarity must lie between 0.5 and 1."
+        )
+        require(self.workers >= 0, "prepare.workers cannot be negative.")
 
 
 @dataclass(frozen=True)
@@ -84,6 +115,9 @@ class TrainConfig:
     device: str = setting("auto", "auto (GPUs if the cluster has any), cpu or gpu", affects_result=False)
     num_workers: Any = setting(
         2, "workers, one per GPU; [least, most] grows and shrinks by itself", affects_result=False
+    )
+    sharding: str = setting(
+        "ddp", "ddp (each worker holds the model) or fsdp (they share it out)", affects_result=False
     )
     cpus_per_worker: float = setting(1.0, "CPUs that each worker reserves in Ray", affects_result=False)
     threads_per_worker: int = setting(0, "CPU threads of each worker; 0 shares the cores out", affects_result=False)
@@ -117,6 +151,7 @@ class TrainConfig:
         require(self.cpus_per_worker > 0, "train.cpus_per_worker must be positive.")
         require(self.max_restarts >= -1, "train.max_restarts must be -1 or more.")
         _check_choice("train.precision", self.precision, ("auto", "float32", "bfloat16"))
+        _check_choice("train.sharding", self.sharding, ("ddp", "fsdp"))
         _check_choice("train.device", self.device, ("auto", "cpu", "gpu"))
         _check_choice("train.on_bad_loss", self.on_bad_loss, ("stop", "skip"))
         require(
@@ -162,11 +197,44 @@ class RegisterConfig:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    host: str = setting("127.0.0.1", "the address the endpoint listens on", affects_result=False)
-    port: int = setting(8000, "the port the endpoint listens on", affects_result=False)
+    host: str = setting("127.0.0.1", "the address to listen on; without API keys only this machine's own is used")
+    port: int = setting(8000, "the port to listen on")
+    versions: list[str] = setting(["champion"], "what to serve: aliases, which are followed, or version numbers")
+    open_access: bool = setting(False, "let anybody who reaches the port use it without an API key")
+    replicas: int = setting(1, "copies of the model; with max_replicas the fewest")
+    max_replicas: int = setting(0, "autoscaling: the most copies; 0 keeps the number fixed")
+    target_ongoing_requests: float = setting(12.0, "autoscaling: requests that one copy should have at a time")
+    cpus_per_replica: float = setting(1.0, "logical CPUs that Ray sets aside for each copy")
+    gpus_per_replica: float = setting(0.0, "GPUs for each copy; fractions share one")
+    threads: int = setting(0, "CPU threads of each copy; 0 takes every core")
+    weights: str = setting("auto", "auto (bfloat16 where it is fast), float32, bfloat16 or int8")
+    max_batch_size: int = setting(16, "texts generated at once by each copy")
+    max_queue: int = setting(64, "texts waiting at most in each copy; past it the answer is 429")
+    cache_bytes: int = setting(2**30, "the most that each copy's KV cache may take")
+    prefill_chunk_tokens: int = setting(256, "prompt tokens that one step reads at most")
+    deadline_seconds: float = setting(120.0, "a request that has not ended by then ends with an error")
+    max_body_bytes: int = setting(4 * 2**20, "the largest request body")
+    watch_seconds: float = setting(10.0, "how often the aliases are looked up; 0: never")
+    probe_tolerance: float = setting(
+        0.02, "share by which a new version's bits per byte may differ from the registry's"
+    )
+    access_log: bool = setting(False, "log every request")
 
     def __post_init__(self) -> None:
         require(0 < self.port < 65536, "serve.port must lie between 1 and 65535.")
+        require(bool(self.versions), "serve.versions needs at least one alias or version number.")
+        require(len(set(self.versions)) == len(self.versions), "serve.versions names a version twice.")
+        require(all(re.fullmatch(r"[\w.-]+", each) for each in self.versions), "serve.versions: letters, digits, . _ -")
+        for name in ("replicas", "max_batch_size", "max_queue", "cache_bytes", "prefill_chunk_tokens"):
+            require(getattr(self, name) > 0, f"serve.{name} must be positive.")
+        for name in ("deadline_seconds", "max_body_bytes", "target_ongoing_requests", "probe_tolerance"):
+            require(getattr(self, name) > 0, f"serve.{name} must be positive.")
+        for name in ("cpus_per_replica", "gpus_per_replica", "threads", "watch_seconds"):
+            require(getattr(self, name) >= 0, f"serve.{name} cannot be negative.")
+        require(
+            self.max_replicas == 0 or self.max_replicas >= self.replicas,
+            "serve.max_replicas cannot be below serve.replicas.",
+        )
 
 
 @dataclass(frozen=True)

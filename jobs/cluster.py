@@ -96,6 +96,8 @@ class Cluster:
         self.create_bucket(state)
 
         mlflow = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(ports["mlflow"])]
+        # It answers only to the name it is called by, so that no web page can reach it through a browser.
+        mlflow += ["--allowed-hosts", f"{host}:{ports['mlflow']}"]
         mlflow += ["--workers", "1", "--backend-store-uri", database]
         mlflow += ["--artifacts-destination", f"s3://{BUCKET}/mlflow"]
         self.start(state, "mlflow", mlflow, environment)
@@ -385,6 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"ended: {', '.join(cluster.down()) or 'nothing was running'}")
         elif options.action == "kill":
             cluster.kill(options.member or "")
+            print(f"killed {options.member}; `make cluster` starts it again")
         else:
             state = cluster.load()
             print(cluster.describe(state) if state else "No cluster runs here; `make cluster` starts one.")

@@ -11,6 +11,7 @@ the cluster's own: none travels with a job. Ctrl-C leaves the job running.
 
 import argparse
 import asyncio
+import logging
 import os
 import shlex
 import subprocess
@@ -32,19 +33,21 @@ JOBS = ("pipeline", "tokenizer", "prepare", "train", "evaluate", "register", "se
 
 
 def run(config: "Config", options: argparse.Namespace) -> int:
+    logging.getLogger("ray").setLevel(logging.INFO if options.verbose else logging.ERROR)
     use_local_cluster(ROOT / "artifacts/cluster/environment")
     address = cluster_address()
     client = connect(address)
     if options.follow:
         return follow(client, options.follow, address)
-    if options.preset is None:
+    if options.preset is None and not options.settings:
         raise ValueError("Say what to run: a preset, such as jobs/presets/demo.yaml; or --follow JOB.")
     if "://" not in config.storage:
         raise ValueError(
             f"storage={config.storage} is a folder, which the nodes of a cluster do not share;"
             f" give storage=s3://bucket/prefix."
         )
-    arguments = [relative_preset(options.preset), *options.settings]
+    preset = [] if options.preset is None else [relative_preset(options.preset)]
+    arguments = [*preset, *options.settings]
     if not options.skip_preflight and options.job != "preflight":
         print("preflight: can this cluster do it?", flush=True)
         wait = [] if options.wait is None else [f"--wait={options.wait}"]
@@ -130,7 +133,8 @@ def follow(client: "JobSubmissionClient", job: str, address: str) -> int:
     details = client.get_job_info(job)
     print(f"{job}: {str(details.status).lower()}", flush=True)
     if details.status != "SUCCEEDED" and details.message:
-        print(f"error: {str(details.message).splitlines()[0]}", file=sys.stderr)
+        # Ray repeats the log in its message; it has just been printed.
+        print(f"error: {str(details.message).partition(', last available logs')[0]}", file=sys.stderr)
     return 0 if details.status == "SUCCEEDED" else 1
 
 

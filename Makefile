@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint environment
+.PHONY: demo test lint environment submit cluster cluster-down
 
 environment: .venv/installed
 
@@ -22,3 +22,13 @@ lint: environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# PRESET is a name (demo) or a path; SET holds more settings: make submit PRESET=demo SET="storage=s3://gpt/artifacts"
+submit: environment
+	$(BIN)/python -m jobs.submit $(if $(wildcard $(PRESET)),$(PRESET),jobs/presets/$(PRESET).yaml) $(SET) $(if $(JOB),--job $(JOB))
+
+cluster: environment
+	$(BIN)/python -m jobs.cluster up
+
+cluster-down: environment
+	$(BIN)/python -m jobs.cluster down

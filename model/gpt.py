@@ -9,7 +9,7 @@ Shapes: B sequences, T tokens, C width, H heads, K key-value heads, D channels o
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -246,6 +246,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = build_norm(config)
         self.head = nn.Linear(config.width, padded_size, bias=False)
+        self.cross_entropy: Callable[..., Tensor] = chunked_cross_entropy  # where a compiled one may stand
         self.restore_derived()
         self.initialise()
 
@@ -361,7 +362,7 @@ class GPT(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Sum of nats over the targets that are not -100; divide by their number for the mean."""
         hidden = self.forward_hidden(tokens, document_ids=document_ids)
-        return chunked_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten(), self.vocab_size)
+        return self.cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten(), self.vocab_size)
 
     def new_cache(self, slots: int, capacity: int | None = None, dtype: torch.dtype | None = None) -> KVCache:
         weight = self.embedding.weight

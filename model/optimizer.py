@@ -1,13 +1,363 @@
-"""Optimizers."""
+"""AdamW, or Muon for the blocks' matrices with AdamW for the rest; and the schedule of their learning rates.
 
-from dataclasses import dataclass
+    optimizer = build_optimizer(model, config, total_steps=1000)
+    optimizer.step(step)                    # sets the learning rates of that step first
+    state = optimizer.state_dict()          # by parameter name, whole, whatever the number of ranks
 
+Muon (Keller Jordan, 2024) replaces each matrix's momentum by the nearest orthogonal matrix, so that every direction
+of the update is equally large. Matrices of one shape go through it together, and each rank does its part of them.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from model.gpt import GPT
 from model.settings import require, setting
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     kind: str = setting("muon", "muon (2-D block weights, AdamW for the rest) or adamw (all weights)")
+    learning_rate: float = setting(6e-4, "adamw: peak learning rate of all weights")
+    muon_learning_rate: float = setting(0.02, "muon: peak learning rate of the blocks' matrices")
+    embedding_learning_rate: float = setting(0.2, "muon: peak learning rate of the token embedding")
+    head_learning_rate: float = setting(0.004, "muon: peak learning rate of the head, or of a tied embedding")
+    scalar_learning_rate: float = setting(0.01, "muon: peak learning rate of norms and biases")
+    weight_decay: float = setting(0.1, "pull of the matrices to zero, in units of their learning rate")
+    weight_decay_to_zero: bool = setting(True, "muon: the weight decay falls linearly to zero over the run")
+    beta1: float = setting(0.9, "AdamW: memory of the gradient")
+    beta2: float = setting(0.95, "AdamW: memory of its square")
+    epsilon: float = setting(1e-8, "AdamW: added to the root of the square")
+    momentum: float = setting(0.95, "muon: memory of the gradient")
+    momentum_start: float = setting(0.85, "muon: momentum at the first step")
+    momentum_warmup_steps: int = setting(300, "muon: steps from momentum_start to momentum")
+    schedule: str = setting("linear", "linear (warm-up, constant, linear decay) or cosine (warm-up, cosine decay)")
+    warmup_steps: int = setting(0, "steps over which the learning rate rises to its peak")
+    decay_fraction: float = setting(0.65, "linear: share of the steps, at the end, over which the rate falls")
+    final_ratio: float = setting(0.05, "learning rate at the end, as a share of its peak")
+    clip_norm: float = setting(0.0, "gradients longer than this are shortened to it; 0: never")
 
     def __post_init__(self) -> None:
         require(self.kind in ("muon", "adamw"), f"optimizer.kind is {self.kind!r}; it can be muon or adamw.")
+        require(
+            self.schedule in ("linear", "cosine"),
+            f"optimizer.schedule is {self.schedule!r}; it can be linear or cosine.",
+        )
+        rates = ("learning_rate", "muon_learning_rate", "embedding_learning_rate")
+        for name in (*rates, "head_learning_rate", "scalar_learning_rate", "epsilon"):
+            require(getattr(self, name) > 0, f"optimizer.{name} must be positive.")
+        for name in ("weight_decay", "warmup_steps", "momentum_warmup_steps", "clip_norm"):
+            require(getattr(self, name) >= 0, f"optimizer.{name} cannot be negative.")
+        for name in ("beta1", "beta2", "momentum", "momentum_start"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name} must be at least 0 and below 1.")
+        for name in ("decay_fraction", "final_ratio"):
+            require(0 <= getattr(self, name) <= 1, f"optimizer.{name} must lie between 0 and 1.")
+
+
+def schedule(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """Return the share of its peak that a learning rate has at `step`, counted from 0."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
+        falling = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    else:
+        decay_steps = config.decay_fraction * total_steps
+        falling = min(1.0, max(total_steps - step, 0) / decay_steps) if decay_steps else 1.0
+    return config.final_ratio + (1 - config.final_ratio) * falling
+
+
+def momentum_at(config: OptimizerConfig, step: int) -> float:
+    progress = min(1.0, step / config.momentum_warmup_steps) if config.momentum_warmup_steps else 1.0
+    return config.momentum_start + (config.momentum - config.momentum_start) * progress
+
+
+class Optimizer:
+    """AdamW over its groups, and Muon over the matrices if the config says so; one object to step, save and load."""
+
+    def __init__(self, model: GPT, config: OptimizerConfig, total_steps: int) -> None:
+        self.config = config
+        self.total_steps = total_steps
+        self.step_taken = -1
+        self.parameters = dict(model.named_parameters())  # a tied head counts once, as the embedding
+        self.muon: Muon | None = None
+        matrices = {name: (weight, sections) for name, weight, sections in model.matrices()}
+        if config.kind == "muon":
+            self.muon = Muon(matrices)
+            rest = {name: p for name, p in self.parameters.items() if name not in matrices}
+        else:
+            rest = self.parameters
+        groups: dict[str, list[nn.Parameter]] = defaultdict(list)
+        for name, parameter in rest.items():
+            groups[self._group_of(name, parameter, tied=model.config.tie_embeddings)].append(parameter)
+        on = next(iter(rest.values())).device.type
+        self.adamw = torch.optim.AdamW(
+            [
+                {
+                    "name": name,
+                    "params": parameters,
+                    "peak": self._peak(name),
+                    "weight_decay": config.weight_decay if config.kind == "adamw" and name != "scalars" else 0.0,
+                }
+                for name, parameters in groups.items()
+            ],
+            lr=0.0,
+            betas=(config.beta1, config.beta2),
+            eps=config.epsilon,
+            fused=on in ("cuda", "cpu"),  # one kernel over all parameters instead of a dozen for each
+        )
+
+    def _group_of(self, name: str, parameter: nn.Parameter, tied: bool) -> str:
+        if parameter.ndim < 2:
+            return "scalars"
+        if self.config.kind == "adamw":
+            return "matrices"
+        return "head" if name == "head.weight" or (tied and name == "embedding.weight") else "embeddings"
+
+    def _peak(self, group: str) -> float:
+        config = self.config
+        if config.kind == "adamw":
+            return config.learning_rate
+        return {
+            "embeddings": config.embedding_learning_rate,
+            "head": config.head_learning_rate,
+            "scalars": config.scalar_learning_rate,
+        }[group]
+
+    def learning_rates(self, step: int | None = None) -> dict[str, float]:
+        """Each group's learning rate at a step, or at the last one that was taken."""
+        share = schedule(self.config, max(self.step_taken, 0) if step is None else step, self.total_steps)
+        rates = {group["name"]: group["peak"] * share for group in self.adamw.param_groups}
+        if self.muon is not None:
+            rates["matrices"] = self.config.muon_learning_rate * share
+        return rates
+
+    @torch.no_grad()
+    def step(self, step: int) -> None:
+        """Apply the gradients with the learning rates of `step`, counted from 0."""
+        self.step_taken = step
+        rates = self.learning_rates()
+        for group in self.adamw.param_groups:
+            group["lr"] = rates[group["name"]]
+        if self.muon is not None:
+            remaining = 1 - step / self.total_steps if self.config.weight_decay_to_zero else 1.0
+            self.muon.step(
+                rates["matrices"], momentum_at(self.config, step), self.config.weight_decay * max(remaining, 0.0)
+            )
+        self.adamw.step()
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies on the CPU of every moment, whole, by its parameter's name.
+
+        Of a sharded model all ranks must call this together.
+        """
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        moments: dict[str, dict[str, Tensor]] = {}
+        for parameter, state in self.adamw.state.items():
+            moments[names[id(parameter)]] = {key: _copy(value) for key, value in state.items()}
+        momenta = {} if self.muon is None else self.muon.state_dict()
+        return {"kind": self.config.kind, "step_taken": self.step_taken, "adamw": moments, "muon": momenta}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["kind"] != self.config.kind:
+            raise ValueError(
+                f"The checkpoint was trained with optimizer.kind={state['kind']}, not {self.config.kind};"
+                " start a new run to change it."
+            )
+        self.step_taken = state["step_taken"]
+        self.adamw.state.clear()
+        for name, moments in state["adamw"].items():
+            parameter = self.parameters[name]
+            self.adamw.state[parameter] = {
+                # Fused kernels want the step count beside the weights.
+                key: value.to(parameter.device, copy=True) if key == "step" else _placed(value, parameter)
+                for key, value in moments.items()
+            }
+        if self.muon is not None:
+            self.muon.load_state_dict(state["muon"])
+
+
+def build_optimizer(model: GPT, config: OptimizerConfig, total_steps: int) -> Optimizer:
+    """Build the optimizer of the model's own parameters, once they are on their device and FSDP2 has sharded them."""
+    return Optimizer(model, config, total_steps)
+
+
+@dataclass
+class ShapeGroup:
+    """All matrices of one shape, so that one batched product serves them all."""
+
+    names: list[str] = field(default_factory=list)  # parameter and section, such as `blocks.0.attention.qkv.weight/1`
+    sources: list[tuple[nn.Parameter, slice]] = field(default_factory=list)
+    momentum: Tensor | None = None  # [n, rows, columns]
+
+
+class Muon:
+    """Momentum, orthogonalised, as the update of each matrix; a fused weight's sections are matrices of their own."""
+
+    def __init__(self, matrices: Mapping[str, tuple[nn.Parameter, tuple[int, ...]]]) -> None:
+        self.groups: dict[tuple[int, int], ShapeGroup] = {}
+        for name, (parameter, sections) in matrices.items():
+            start = 0
+            for number, height in enumerate(sections):
+                group = self.groups.setdefault((height, parameter.shape[1]), ShapeGroup())
+                group.names.append(f"{name}/{number}")
+                group.sources.append((parameter, slice(start, start + height)))
+                start += height
+
+    def step(self, learning_rate: float, momentum: float, weight_decay: float) -> None:
+        pending = []
+        for shape, group in self.groups.items():
+            gradients = _stack_gradients(group.sources)
+            if group.momentum is None:
+                group.momentum = torch.zeros_like(gradients)
+            group.momentum.lerp_(gradients, 1 - momentum)
+            directions = gradients.lerp_(group.momentum, momentum)  # Nesterov: look one step ahead
+            pending.append((shape, group, *_orthogonalise_shared(directions)))
+        for (rows, columns), group, updates, gathering in pending:
+            if gathering is not None:
+                gathering.wait()
+            # An orthogonal matrix that is taller than wide moves its outputs less: make up for it.
+            rate = learning_rate * max(1.0, rows / columns) ** 0.5
+            _apply(group.sources, updates[: len(group.sources)], rate, 1 - learning_rate * weight_decay)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            name: _copy(momentum)
+            for group in self.groups.values()
+            if group.momentum is not None
+            for name, momentum in zip(group.names, group.momentum, strict=True)
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for group in self.groups.values():
+            held = [state[name] for name in group.names if name in state]
+            if held:
+                group.momentum = torch.stack(held).to(group.sources[0][0].device)
+
+
+def _stack_gradients(sources: Iterable[tuple[nn.Parameter, slice]]) -> Tensor:
+    whole: dict[int, Tensor] = {}
+    parts = []
+    for parameter, rows in sources:
+        if id(parameter) not in whole:
+            assert parameter.grad is not None, "Muon steps after a backward pass"
+            whole[id(parameter)] = _whole(parameter.grad)
+        parts.append(whole[id(parameter)][rows])
+    return torch.stack(parts).float()
+
+
+def _orthogonalise_shared(directions: Tensor) -> tuple[Tensor, "dist.Work | None"]:
+    """Orthogonalise [n, rows, columns]; with several ranks each does its part, and all gather the parts."""
+    world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if world_size == 1:
+        return orthogonalise_on(directions), None
+    share = math.ceil(len(directions) / world_size)
+    mine = directions[dist.get_rank() * share :][:share]
+    dtype = _orthogonalisation_dtype(directions.device)
+    part = directions.new_zeros((share, *directions.shape[1:]), dtype=dtype)
+    if len(mine):
+        part[: len(mine)] = orthogonalise_on(mine)
+    gathered = part.new_empty((share * world_size, *part.shape[1:]))
+    # While the parts travel, the next shape's are computed.
+    return gathered, dist.all_gather_into_tensor(gathered, part, async_op=True)
+
+
+# Coefficients of five quintic iterations (Polar Express, Amsel et al. 2025, as printed in nanochat): the steepest
+# polynomials that bring every singular value above about 1e-3 close to 1, with a margin for bfloat16.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Bring all singular values of each matrix of [n, rows, columns] near 1, by products alone."""
+    x = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)  # the largest singular value is below 1
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if matrices.shape[-2] > matrices.shape[-1] else x
+
+
+def _orthogonalisation_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def orthogonalise_on(matrices: Tensor) -> Tensor:
+    """Orthogonalise in the device's fastest sufficient precision, compiled where that pays."""
+    function = compiled_orthogonalise() if matrices.is_cuda else orthogonalise
+    return function(matrices.to(_orthogonalisation_dtype(matrices.device)))
+
+
+@cache
+def compiled_orthogonalise() -> Any:
+    """One compiled function per process; it specialises on each shape once."""
+    return torch.compile(orthogonalise, dynamic=False)
+
+
+def _apply(sources: list[tuple[nn.Parameter, slice]], updates: Tensor, learning_rate: float, keep: float) -> None:
+    """weight = keep x weight - learning_rate x update, over every rank's own part of the weights."""
+    if isinstance(sources[0][0].data, DTensor):
+        targets, steps = _local_parts(sources, updates)
+    else:
+        targets = [parameter.data[rows] for parameter, rows in sources]
+        steps = [update.to(target.dtype) for update, target in zip(updates, targets, strict=True)]
+    if not targets:
+        return
+    if keep != 1.0:
+        torch._foreach_mul_(targets, keep)
+    torch._foreach_add_(targets, steps, alpha=-learning_rate)
+
+
+def _local_parts(sources: list[tuple[nn.Parameter, slice]], updates: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """FSDP2 shards by rows: the rows of each update that lie on this rank, beside the weights they belong to."""
+    targets, steps = [], []
+    for (parameter, rows), update in zip(sources, updates, strict=True):
+        local, first = _local_rows(parameter.data)
+        start, stop = max(rows.start, first), min(rows.stop, first + len(local))
+        if start < stop:
+            targets.append(local[start - first : stop - first])
+            steps.append(update[start - rows.start : stop - rows.start].to(local.dtype))
+    return targets, steps
+
+
+def _local_rows(weight: Tensor) -> tuple[Tensor, int]:
+    """This rank's rows of a weight sharded by rows, and the number of its first one."""
+    assert isinstance(weight, DTensor)
+    local = weight.to_local()
+    share = math.ceil(weight.shape[0] / weight.device_mesh.size())  # FSDP2 splits as torch.chunk does
+    return local, min(share * weight.device_mesh.get_local_rank(), weight.shape[0])
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Gather what FSDP2 has sharded; a copy or the tensor itself otherwise."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return _whole(tensor).detach().to("cpu", copy=True)
+
+
+def _placed(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Put a whole tensor where its parameter is, sharded as it is."""
+    value = value.to(parameter.device, copy=True)
+    if isinstance(parameter.data, DTensor):
+        return distribute_tensor(value, parameter.data.device_mesh, parameter.data.placements)
+    return value

@@ -1,0 +1,191 @@
+"""One optimizer step, on one device or many: accumulation, mixed precision, gradient averaging, no waiting.
+
+module = parallelize(model, strategy="ddp", compile=True)       # before build_optimizer
+measures = train_step(module, optimizer, micro_batches, step=step, global_tokens=262_144)
+loss = measures.loss.item()         # this waits for the device: read it a step later
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from model.gpt import GPT, chunked_cross_entropy
+from model.optimizer import Optimizer
+
+STRATEGIES = ("none", "ddp", "fsdp")
+
+# DDP reduces a bucket of gradients as soon as the backward pass has filled it. 25 MB, PyTorch's default, is some
+# four layers of a 50M model: small enough to start early, large enough to use the network's full bandwidth.
+BUCKET_MEGABYTES = 25
+
+
+class MicroBatch(Protocol):
+    tokens: Tensor  # [B, T]
+    targets: Tensor  # [B, T], -100 where nothing is to be learnt
+    document_ids: Tensor | None
+
+
+@dataclass(frozen=True)
+class StepMeasures:
+    """What one step measured, still on its device: `.item()` waits for it."""
+
+    loss: Tensor  # mean nats per token of the global batch
+    gradient_norm: Tensor  # before clipping
+    skipped: bool = False  # the loss was not finite and the weights were left alone
+
+
+class LossModule(nn.Module):
+    """The model as DDP and FSDP2 want it: one forward, from a batch to its loss."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        return self.model.loss(tokens, targets, document_ids)
+
+
+def parallelize(
+    model: GPT, *, strategy: str = "none", compile: bool = False, precision: torch.dtype = torch.float32
+) -> nn.Module:
+    """Return what `train_step` runs: the model's loss, compiled, and spread over the ranks by `strategy`.
+
+    The model itself keeps its parameters and their names, so the optimizer and checkpoints use it directly; under
+    FSDP2 they are sharded in place, which is why the optimizer is built afterwards.
+    """
+    assert strategy in STRATEGIES, strategy
+    module = LossModule(model)
+    device = model.embedding.weight.device
+    if compile:
+        # Block by block, not as a whole: one block's code serves them all, and the backward pass stays a chain of
+        # pieces between which DDP and FSDP2 send gradients while the next piece computes.
+        for block in model.blocks:
+            block.compile(dynamic=False)
+        model.cross_entropy = torch.compile(chunked_cross_entropy, dynamic=False)
+    if strategy == "fsdp":
+        policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
+        for block in model.blocks:
+            fully_shard(block, mp_policy=policy)
+        # The loss needs no cast of its integers; the root holds embedding, last norm and head.
+        fully_shard(module, mp_policy=policy)
+        return module
+    if strategy == "ddp":
+        return DistributedDataParallel(
+            module,
+            device_ids=[device] if device.type == "cuda" else None,
+            bucket_cap_mb=BUCKET_MEGABYTES,
+            gradient_as_bucket_view=True,  # gradients live in the buckets: one copy less of them
+            static_graph=True,
+            broadcast_buffers=False,  # the rotary table is computed alike everywhere
+        )
+    return module
+
+
+def train_step(
+    module: nn.Module,
+    optimizer: Optimizer,
+    micro_batches: Iterable[MicroBatch],
+    *,
+    step: int,
+    global_tokens: int,
+    precision: torch.dtype = torch.float32,
+    skip_bad_loss: bool = False,
+) -> StepMeasures:
+    """Learn from this rank's share of global batch `step`, given as micro-batches.
+
+    `global_tokens` is the number of targets in the global batch, over all ranks. Each micro-batch adds its sum of
+    nats over that number: so micro-batches and ranks may be uneven, and the result is the mean over all tokens.
+    """
+    device = next(module.parameters()).device
+    world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    sharded = isinstance(module, (DistributedDataParallel, FSDPModule))
+    # DDP and FSDP2 average over ranks where we want a sum.
+    scale = (world_size if sharded else 1) / global_tokens
+    loss = torch.zeros((), device=device)
+    optimizer.zero_grad()
+    for batch, is_last in _mark_last(micro_batches):
+        with _synchronised(module, is_last):
+            with autocast(device, precision):
+                nats = module(
+                    batch.tokens.to(device, non_blocking=True),
+                    batch.targets.to(device, non_blocking=True),
+                    None if batch.document_ids is None else batch.document_ids.to(device, non_blocking=True),
+                )
+            (nats * scale).backward()
+        loss += nats.detach() / global_tokens
+    if sharded and world_size > 1:
+        dist.all_reduce(loss)
+    norm = gradient_norm(optimizer.parameters.values())
+    if skip_bad_loss and not bool(torch.isfinite(loss + norm)):  # waits for the device: the price of this policy
+        optimizer.zero_grad()
+        return StepMeasures(loss, norm, skipped=True)
+    if optimizer.config.clip_norm:
+        shorten = (optimizer.config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        for parameter in optimizer.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.mul_(shorten)
+    optimizer.step(step)
+    return StepMeasures(loss, norm)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Length of all gradients as one vector; with sharded ones every rank must call it."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def autocast(device: torch.device | str, precision: torch.dtype) -> AbstractContextManager[Any]:
+    """Compute matrix products in `precision`; weights and their gradients stay float32."""
+    kind = torch.device(device).type
+    return nullcontext() if precision == torch.float32 else torch.autocast(kind, dtype=precision)
+
+
+def choose_precision(name: str, device: torch.device | str) -> torch.dtype:
+    """Resolve `float32`, `bfloat16` or `auto`: bfloat16 where the hardware multiplies in it."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if torch.device(device).type == "cuda":
+        # Not before Ampere: older GPUs emulate it.
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    # Without these units a CPU emulates it, ten times slower than float32.
+    has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_units else torch.float32
+
+
+def bits_per_byte(nats: float, num_bytes: int) -> float:
+    """The headline metric: nats summed over tokens, per byte of the text they spell; any tokenizer compares."""
+    if num_bytes <= 0:
+        raise ValueError("Bits per byte needs a text of at least one byte.")
+    return nats / math.log(2) / num_bytes
+
+
+def _mark_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
+    """Yield each item with whether it is the last."""
+    iterator = iter(items)
+    try:
+        held = next(iterator)
+    except StopIteration:
+        raise ValueError("A training step needs at least one micro-batch.") from None
+    for item in iterator:
+        yield held, False
+        held = item
+    yield held, True
+
+
+def _synchronised(module: nn.Module, is_last: bool) -> AbstractContextManager[Any]:
+    """Average gradients over the ranks with the last micro-batch only."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(is_last)
+    elif isinstance(module, DistributedDataParallel) and not is_last:
+        return module.no_sync()
+    return nullcontext()

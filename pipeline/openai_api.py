@@ -1,0 +1,274 @@
+"""What travels over HTTP: OpenAI's completions as strict schemas, its error shape, its answers.
+
+Nothing here knows an engine or a server. A field OpenAI does not have is marked as ours.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from model.sampling import SamplingSettings
+
+TOKEN_LIMIT = 1 << 32  # above every vocabulary: a number that is no token id at all
+Number = Annotated[float, Field(allow_inf_nan=False)]
+TokenId = Annotated[int, Field(ge=0, lt=TOKEN_LIMIT)]
+
+
+class ApiError(Exception):
+    """An answer that is an error: its HTTP status, one sentence, and what OpenAI's clients look at."""
+
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None, retry_after: int = 0
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.retry_after = retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return error_body(self.status, self.message, code=self.code, param=self.param)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        headers = {"Retry-After": str(self.retry_after)} if self.retry_after else {}
+        return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+
+
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def error_body(status: int, message: str, *, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object."""
+    default = "server_error" if status >= 500 else "invalid_request_error"
+    kind = ERROR_TYPES.get(status, default)
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class Strict(BaseModel):
+    """Refuses unknown fields and silent conversions: `"5"` is not 5, a typo is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = Field(None, description="send the usage in a last chunk, with no choices")
+
+
+class CompletionRequest(Strict):
+    """The body of POST /v1/completions; null means the default."""
+
+    model: str | None = Field(None, description="an id of /v1/models; the first one if absent", max_length=256)
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(
+        "", description="text or token ids, one prompt or several; empty: the start of a document"
+    )
+    best_of: int | None = Field(None, ge=1, le=16, description="sample this many, return the n likeliest")
+    echo: bool | None = Field(None, description="return the prompt too, with its log-probabilities if asked")
+    frequency_penalty: Number | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[Annotated[str, Field(max_length=10)], Annotated[Number, Field(ge=-100, le=100)]] | None = Field(
+        None, description="token id -> added to its logit", max_length=1024
+    )
+    logprobs: int | None = Field(None, ge=0, le=20, description="log-probabilities of this many likeliest tokens")
+    max_tokens: int | None = Field(None, ge=0, description="0 only together with echo, to score a text")
+    n: int | None = Field(None, ge=1, le=16, description="completions for each prompt")
+    presence_penalty: Number | None = Field(None, ge=-2, le=2)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = Field(None, description="strings that end the text")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    suffix: None = Field(None, description="not supported: must be null")
+    temperature: Number | None = Field(None, ge=0, le=10)
+    top_p: Number | None = Field(None, gt=0, le=1)
+    user: str | None = Field(None, max_length=256, description="ignored")
+    # Ours: what the engine can do beyond OpenAI's API.
+    top_k: int | None = Field(None, ge=0, lt=TOKEN_LIMIT, description="0: all")
+    min_p: Number | None = Field(None, ge=0, le=1)
+    typical_p: Number | None = Field(None, gt=0, le=1)
+    repetition_penalty: Number | None = Field(None, gt=0, le=10)
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
+    num_beams: int | None = Field(None, ge=1, le=16, description="beam search, where it is over 1")
+    prompt_lookup_tokens: int | None = Field(None, ge=0, le=32, description="speculate this far by prompt lookup")
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, lt=TOKEN_LIMIT, description="keep only the last so many prompt tokens; -1: as many as fit"
+    )
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    def check(self) -> None:
+        """Refuse what each field allows alone but not together."""
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options is only for stream=true.", param="stream_options")
+        if self.best_of is not None and self.best_of < self.num_choices:
+            raise ApiError(400, f"best_of ({self.best_of}) cannot be below n ({self.num_choices}).", param="best_of")
+        if self.stream and self.best_of is not None and self.best_of > self.num_choices:
+            raise ApiError(400, "best_of cannot be streamed; set stream to false.", param="best_of")
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError(400, "max_tokens must be at least 1 (0 only with echo).", param="max_tokens")
+        for text in [self.stop] if isinstance(self.stop, str) else self.stop or []:
+            if not 0 < len(text) <= 256:
+                raise ApiError(400, "Each stop string must have 1 to 256 characters.", param="stop")
+
+    def sampling(self, max_tokens: int, vocab_size: int) -> SamplingSettings:
+        """The engine's settings for this request."""
+        chosen: dict[str, Any] = {
+            "best_of": self.best_of or self.num_choices,
+            "frequency_penalty": self.frequency_penalty,
+            "logit_bias": self._logit_bias(vocab_size),
+            "logprobs": self.logprobs,
+            "min_p": self.min_p,
+            "n": self.n,
+            "num_beams": self.num_beams,
+            "presence_penalty": self.presence_penalty,
+            "prompt_lookup_tokens": self.prompt_lookup_tokens,
+            "repetition_penalty": self.repetition_penalty,
+            "seed": self.seed,
+            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            "stop_tokens": tuple(self.stop_token_ids or ()),
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "typical_p": self.typical_p,
+        }
+        given = {name: value for name, value in chosen.items() if value is not None}
+        try:
+            return SamplingSettings(max_tokens=max_tokens, echo=bool(self.echo), **given)
+        except ValueError as error:
+            raise ApiError(400, str(error)) from None
+
+    def _logit_bias(self, vocab_size: int) -> dict[int, float] | None:
+        if self.logit_bias is None:
+            return None
+        for key in self.logit_bias:
+            if not (key.isascii() and key.isdigit() and int(key) < vocab_size):
+                raise ApiError(
+                    400, f"logit_bias names token {key!r}; token ids go from 0 to {vocab_size - 1}.", param="logit_bias"
+                )
+        return {int(key): float(value) for key, value in self.logit_bias.items()}
+
+
+class TokenizeRequest(Strict):
+    """The body of POST /v1/tokenize."""
+
+    model: str | None = Field(None, max_length=256)
+    text: str
+
+
+class DetokenizeRequest(Strict):
+    """The body of POST /v1/detokenize."""
+
+    model: str | None = Field(None, max_length=256)
+    tokens: list[TokenId]
+
+
+class TokenizeAnswer(BaseModel):
+    model: str
+    tokens: list[int]
+    count: int
+
+
+class DetokenizeAnswer(BaseModel):
+    model: str
+    text: str
+
+
+class Logprobs(BaseModel):
+    """OpenAI's legacy log-probabilities; bytes that are no text of their own are written `bytes:\\xe2\\x80`."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class Choice(BaseModel):
+    index: int
+    text: str
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Completion(BaseModel):
+    """The answer of POST /v1/completions; streamed, each event is one of these, without usage until the last."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[Choice]
+    usage: Usage | None = None
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """Every answer with a status of 400 and above."""
+
+    error: ErrorDetail
+
+
+class ModelAnswer(BaseModel):
+    """One entry of /v1/models: OpenAI's four fields, and what the registry knows."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    name: str
+    selector: str
+    version: str
+    mlflow_run_id: str
+    data_digest: str
+    num_parameters: int
+    bits_per_byte: float | None
+    context_length: int
+    vocabulary_size: int
+    last_swap_error: str | None
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelAnswer]
+
+
+def describe_validation(errors: list[dict[str, Any]]) -> tuple[str, str | None]:
+    """Turn pydantic's findings into one sentence, and the field it is about."""
+    error = errors[0]
+    place = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
+    if error["type"] == "json_invalid":
+        reason = str(error.get("ctx", {}).get("error", "not JSON"))
+        return f"The body is not valid JSON: {reason}.", None
+    param = place[0] if place else None
+    if param is None:
+        if error["type"] == "missing":
+            return "The request has no body; send a JSON object.", None
+        return "The body must be a JSON object.", None
+    if error["type"] == "extra_forbidden":
+        return f"There is no field {place[-1]!r} here.", param
+    if error["type"] == "missing":
+        return f"The field {param!r} is missing.", param
+    if param == "prompt":
+        if any("greater_than" in each["type"] or "less_than" in each["type"] for each in errors):
+            return "prompt holds a number that is not a token id.", param
+        if any(each["type"] == "string_unicode" for each in errors):
+            return "prompt holds half of a surrogate pair, which is not text.", param
+        return "prompt must be a string, an array of strings, an array of token ids or an array of such arrays.", param
+    if error["type"] == "string_unicode":
+        return f"{param} holds half of a surrogate pair, which is not text.", param
+    message = str(error["msg"])
+    return f"{param}: {message[:1].lower()}{message[1:]}.", param

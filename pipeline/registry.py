@@ -1,0 +1,209 @@
+"""The registry's side of serving: which version a name means now, its files, and whether it is what it says.
+
+A version is read as files (safetensors and JSON), never unpickled.
+"""
+
+import logging
+import math
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import torch
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+from model.checkpoint import load_model
+from model.engine import Engine, GenerationRequest
+from model.gpt import GPT
+from model.sampling import SamplingSettings
+from model.tokenizer import Tokenizer, load_tokenizer
+
+logger = logging.getLogger("ray.serve")
+
+PROBE_TAG = "probe_text_bits_per_byte"
+# Plain English and a little code, for any model to be surprised by: what matters is that the surprise is the same.
+PROBE_TEXT = """\
+The river rose in the night, and by morning the lower road was under water. Nobody in the village was
+surprised; the old people had said so in August, when the swallows left early and the wells ran clear.
+Return a new list containing all items from the iterable in ascending order. A custom key function can be
+supplied to customize the sort order, and the reverse flag can be set to request the result in descending order.
+for name, value in sorted(counts.items()):
+    print(f"{name}: {value}")
+In 1687 he had written that every body continues in its state of rest, unless it is compelled to change it.
+"""
+
+
+@dataclass(frozen=True)
+class VersionRecord:
+    """What the registry says of one version."""
+
+    name: str
+    version: str
+    run_id: str
+    created: int  # seconds since 1970
+    tags: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def data_digest(self) -> str:
+        return self.tags.get("data_digest", "")
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        return _number(self.tags.get("bits_per_byte"))
+
+    @property
+    def probe_bits_per_byte(self) -> float | None:
+        return _number(self.tags.get(PROBE_TAG))
+
+
+@dataclass(frozen=True)
+class LoadedVersion:
+    """What is known of a version that was loaded; its weights belong to the engine, which may repack them."""
+
+    record: VersionRecord
+    tokenizer: Tokenizer
+    context_length: int
+    num_parameters: int
+
+
+def resolve(name: str, selector: str) -> VersionRecord:
+    """Ask the registry which version `selector` (an alias or a number) means now.
+
+    Raises `ValueError` naming what there is, where there is no such model or version.
+    """
+    client = mlflow.MlflowClient()
+    try:
+        if selector.isdigit():
+            found = client.get_model_version(name, selector)
+        else:
+            found = client.get_model_version_by_alias(name, selector)
+    except MlflowException as error:
+        if error.error_code not in (ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), "INVALID_PARAMETER_VALUE", "NOT_FOUND"):
+            raise
+        raise ValueError(_nothing_found(client, name, selector)) from None
+    run_id = found.tags.get("mlflow_run_id") or found.run_id or ""
+    return VersionRecord(name, str(found.version), run_id, int(found.creation_timestamp) // 1000, dict(found.tags))
+
+
+def load(record: VersionRecord, device: torch.device) -> tuple[LoadedVersion, GPT]:
+    """Download a version's checkpoint and load it; the files are removed again."""
+    with tempfile.TemporaryDirectory(prefix="model-version-") as folder:
+        artifacts = mlflow.artifacts.download_artifacts(
+            artifact_uri=f"models:/{record.name}/{record.version}", dst_path=folder
+        )
+        checkpoint = find_checkpoint(Path(artifacts), record)
+        model = load_model(checkpoint, device=device).eval()
+        tokenizer = load_tokenizer(checkpoint)
+    return LoadedVersion(record, tokenizer, model.config.context_length, model.num_parameters()), model
+
+
+def find_checkpoint(artifacts: Path, record: VersionRecord) -> Path:
+    """Find the Hugging Face folder among a version's files."""
+    for folder in (artifacts / "artifacts" / "checkpoint", artifacts / "checkpoint", artifacts):
+        if (folder / "model.safetensors").is_file():
+            return folder
+    raise ValueError(f"Version {record.version} of {record.name} holds no checkpoint; register it again.")
+
+
+@torch.inference_mode()
+def measure_probe(model: GPT, tokenizer: Tokenizer) -> float:
+    """Bits per byte of the probe text: the number that says whether weights and tokenizer are the ones registered."""
+    ids = [tokenizer.end_of_text, *tokenizer.encode(PROBE_TEXT).tolist()]
+    window = model.config.context_length
+    device = next(model.parameters()).device
+    nats = 0.0
+    for start in range(0, len(ids) - 1, window):
+        part = torch.tensor(ids[start : start + window + 1], device=device)[None]
+        nats += float(model.loss(part[:, :-1], part[:, 1:]).item())
+    return nats / math.log(2) / len(PROBE_TEXT.encode())
+
+
+def check_probe(record: VersionRecord, measured: float, tolerance: float) -> None:
+    """Raise `ValueError` where the measured bits per byte are not near what the registry says."""
+    if not math.isfinite(measured):
+        raise ValueError(f"version {record.version} gives {measured} bits per byte on the probe text")
+    expected = record.probe_bits_per_byte
+    if expected is not None and abs(measured - expected) > tolerance * expected:
+        raise ValueError(
+            f"version {record.version} gives {measured:.3f} bits per byte on the probe text,"
+            f" the registry says {expected:.3f}"
+        )
+
+
+def check_answers(engine: Engine, tokenizer: Tokenizer) -> None:
+    """Let an engine that nobody uses yet complete a few words; raises `ValueError` if nothing comes of it."""
+    settings = SamplingSettings(max_tokens=4, temperature=0.0)
+    engine.add(GenerationRequest("probe", tokenizer.encode("The ").tolist(), settings, deadline=None))
+    for _ in range(64):
+        for chunk in engine.step():
+            if chunk.finish_reason in ("stop", "length"):
+                return
+            if chunk.finish_reason is not None:
+                raise ValueError(f"it does not answer ({chunk.finish_reason}: {chunk.error})")
+    raise ValueError("it does not answer")
+
+
+def read_card(record: VersionRecord) -> dict[str, Any]:
+    """What the page shows beside the figures: the curves of the training, and where to read more."""
+    return {"loss_curves": read_loss_curves(record.run_id), "run_url": describe_run(record.run_id)}
+
+
+def read_loss_curves(run_id: str, points: int = 200) -> dict[str, list[tuple[int, float]]]:
+    """The training and validation curves of a run, thinned; empty where the tracking store cannot be asked."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    if not run_id:
+        return curves
+    try:
+        client = mlflow.MlflowClient()
+        known = client.get_run(run_id).data.metrics
+        for label, names in CURVES.items():
+            key = next((name for name in names if name in known), None)
+            if key is None:
+                continue
+            history = sorted((metric.step, metric.value) for metric in client.get_metric_history(run_id, key))
+            every = max(1, len(history) // points)
+            curves[label] = [*history[:-1:every], *history[-1:]]
+    except MlflowException as error:
+        logger.warning("No loss curve for run %s: %s", run_id, error)
+    return curves
+
+
+CURVES = {
+    "training loss": ("train/loss", "loss", "train_loss"),
+    "validation loss": ("validation/loss", "val/loss", "val_loss"),
+    "bits per byte": ("validation/bits_per_byte", "val/bits_per_byte", "bits_per_byte"),
+}
+
+
+def describe_run(run_id: str) -> str:
+    """Where a person can look at the run: its page on the tracking server, or what to start to see it."""
+    uri = mlflow.get_tracking_uri()
+    if not run_id or not uri.startswith(("http://", "https://")):
+        return ""
+    try:
+        experiment = mlflow.MlflowClient().get_run(run_id).info.experiment_id
+    except MlflowException:
+        return ""
+    scheme, _, rest = uri.partition("://")
+    host = rest.rpartition("@")[2].rstrip("/")  # a password in the address is not for the page
+    return f"{scheme}://{host}/#/experiments/{experiment}/runs/{run_id}"
+
+
+def _nothing_found(client: mlflow.MlflowClient, name: str, selector: str) -> str:
+    versions = sorted(int(version.version) for version in client.search_model_versions(f"name = '{name}'"))
+    if not versions:
+        return f"The registry has no model {name!r}; run the register stage first."
+    aliases = client.get_registered_model(name).aliases
+    there = ", ".join(map(str, versions)) + (f"; aliases: {', '.join(sorted(aliases))}" if aliases else "")
+    kind = "version" if selector.isdigit() else "alias"
+    return f"The model {name!r} has no {kind} {selector!r}; its versions are {there}."
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return None

@@ -1,0 +1,218 @@
+"""The versions in service, and how one takes over from another without a request noticing.
+
+A name such as `demo@champion` follows its alias: when that moves, the new version is loaded beside the old and
+probed. If it passes, new requests go to it, while the old one finishes what it has; if not, the old one stays.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from mlflow.exceptions import MlflowException
+
+from model.engine import Engine, EngineSettings
+from pipeline import registry
+from pipeline.live_engine import EngineDied, LiveEngine
+from pipeline.openai_api import ApiError, ModelAnswer
+from pipeline.registry import LoadedVersion, VersionRecord
+from pipeline.serving_metrics import ServingMetrics
+
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass
+class LiveVersion:
+    """A version that answers."""
+
+    loaded: LoadedVersion
+    live: LiveEngine
+    card: dict[str, Any] = field(default_factory=dict)  # loss curves and links, read once in the background
+
+    @property
+    def record(self) -> VersionRecord:
+        return self.loaded.record
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What answered, on every answer."""
+        record = self.record
+        return {
+            "X-Model-Name": record.name,
+            "X-Model-Version": record.version,
+            "X-MLflow-Run-Id": record.run_id,
+            "X-Data-Digest": record.data_digest,
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """OpenAI's system_fingerprint: the same only for the same weights."""
+        return f"{self.record.name}-v{self.record.version}"
+
+
+@dataclass
+class Seat:
+    """One selector (an alias or a number) and the version that sits there now."""
+
+    selector: str
+    version: LiveVersion
+    swap_error: str | None = None
+    refused: str = ""  # the version that failed its probe: not tried again until the alias moves
+
+
+class ServedModels:
+    """All seats of one registered model in one replica."""
+
+    def __init__(
+        self,
+        name: str,
+        selectors: Sequence[str],
+        engine_settings: EngineSettings,
+        metrics: ServingMetrics,
+        *,
+        max_active: int,
+        device: torch.device,
+        probe_tolerance: float,
+        drain_seconds: float,
+    ) -> None:
+        self.name = name
+        self.selectors = tuple(selectors)
+        self._engine_settings = engine_settings
+        self._metrics = metrics
+        self._max_active = max_active
+        self._device = device
+        self._probe_tolerance = probe_tolerance
+        self._drain_seconds = drain_seconds
+        self._seats: dict[str, Seat] = {}
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Load what every selector means now; raises `ValueError` where one means nothing or fails its probe."""
+        for selector in self.selectors:
+            record = await asyncio.to_thread(registry.resolve, self.name, selector)
+            self._seats[selector] = Seat(selector, self._seated(record) or await self._bring_up(record))
+
+    @property
+    def versions(self) -> list[LiveVersion]:
+        """The versions in service, each once."""
+        return list({id(seat.version): seat.version for seat in self._seats.values()}.values())
+
+    def find(self, model: str | None) -> tuple[str, LiveVersion]:
+        """Return the id and the version that a request's `model` means; raises `ApiError` 404 for another one."""
+        if model in (None, "", self.name):
+            return self.name, self._seats[self.selectors[0]].version
+        for selector, seat in self._seats.items():
+            if model == self.model_id(selector):
+                return model, seat.version
+        there = ", ".join([self.name, *map(self.model_id, self.selectors)])
+        raise ApiError(
+            404, f"There is no model {model!r} here; there is {there}.", code="model_not_found", param="model"
+        )
+
+    def model_id(self, selector: str) -> str:
+        return f"{self.name}@{selector}"
+
+    def describe(self) -> list[ModelAnswer]:
+        """The entries of /v1/models: the plain name for the first selector, then every selector's."""
+        entries = [self._describe(self.name, self._seats[self.selectors[0]])]
+        return entries + [self._describe(self.model_id(seat.selector), seat) for seat in self._seats.values()]
+
+    def check(self) -> None:
+        """Raise `EngineDied` if any version in service no longer works."""
+        for version in self.versions:
+            version.live.check()
+
+    async def watch(self, every_seconds: float) -> None:
+        """Follow the aliases until cancelled."""
+        while True:
+            await asyncio.sleep(every_seconds)
+            for seat in list(self._seats.values()):
+                if not seat.selector.isdigit():
+                    await self.follow(seat)
+
+    async def follow(self, seat: Seat) -> None:
+        """Bring one seat up to what its alias means now; on any trouble the version there stays."""
+        try:
+            record = await asyncio.to_thread(registry.resolve, self.name, seat.selector)
+        except (ValueError, MlflowException, OSError) as error:
+            logger.warning("The registry does not say what %s is now: %s", self.model_id(seat.selector), error)
+            return
+        if record.version == seat.version.record.version:
+            seat.swap_error, seat.refused = None, ""
+            return
+        if record.version == seat.refused:
+            return
+        old = seat.version
+        try:
+            seat.version = self._seated(record) or await self._bring_up(record)
+        except Exception as error:  # a damaged version must not take the working one down
+            seat.refused = record.version
+            seat.swap_error = f"Version {record.version} did not take over: {error}"
+            self._metrics.swaps.labels("refused").inc()
+            logger.error("%s Version %s goes on serving.", seat.swap_error, old.record.version)
+            return
+        seat.swap_error, seat.refused = None, ""
+        self._metrics.swaps.labels("done").inc()
+        logger.info("%s is now version %s.", self.model_id(seat.selector), record.version)
+        if old not in self.versions:
+            self._in_background(self._retire(old))
+
+    async def close(self) -> None:
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*(version.live.close(0) for version in self.versions))
+
+    def _seated(self, record: VersionRecord) -> LiveVersion | None:
+        """The same version under another selector: one copy of the weights serves both."""
+        return next((each for each in self.versions if each.record.version == record.version), None)
+
+    async def _bring_up(self, record: VersionRecord) -> LiveVersion:
+        """Load, probe and start one version; raises if it does not answer or is not what the registry says."""
+        began = time.monotonic()
+        loaded, engine = await asyncio.to_thread(self._load_and_probe, record)
+        version = LiveVersion(loaded, LiveEngine(engine, max_active=self._max_active))
+        self._in_background(self._fill_card(version))
+        logger.info("Version %s of %s is loaded (%.1f s).", record.version, self.name, time.monotonic() - began)
+        return version
+
+    def _load_and_probe(self, record: VersionRecord) -> tuple[LoadedVersion, Engine]:
+        loaded, model = registry.load(record, self._device)
+        registry.check_probe(record, registry.measure_probe(model, loaded.tokenizer), self._probe_tolerance)
+        engine = Engine(model, loaded.tokenizer, self._engine_settings)
+        registry.check_answers(engine, loaded.tokenizer)
+        return loaded, engine
+
+    async def _fill_card(self, version: LiveVersion) -> None:
+        version.card = await asyncio.to_thread(registry.read_card, version.record)
+
+    async def _retire(self, version: LiveVersion) -> None:
+        try:
+            await version.live.close(self._drain_seconds)
+        except EngineDied:
+            logger.exception("Version %s had already stopped.", version.record.version)
+
+    def _in_background(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def _describe(self, model_id: str, seat: Seat) -> ModelAnswer:
+        loaded = seat.version.loaded
+        return ModelAnswer(
+            id=model_id,
+            created=loaded.record.created,
+            owned_by="mlflow",
+            name=self.name,
+            selector=seat.selector,
+            version=loaded.record.version,
+            mlflow_run_id=loaded.record.run_id,
+            data_digest=loaded.record.data_digest,
+            num_parameters=loaded.num_parameters,
+            bits_per_byte=loaded.record.bits_per_byte,
+            context_length=loaded.context_length,
+            vocabulary_size=loaded.tokenizer.vocab_size,
+            last_swap_error=seat.swap_error,
+        )

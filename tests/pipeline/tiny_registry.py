@@ -1,0 +1,70 @@
+"""A registered model small enough for tests: random weights, a tokenizer trained on a few sentences."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+import torch
+
+from model.checkpoint import save_model
+from model.gpt import GPT, ModelConfig
+from model.tokenizer import Tokenizer, train_bpe
+from pipeline import registry
+
+TEXT = ["Return a new list of the sorted items. " * 20, registry.PROBE_TEXT * 3, "Grüße, 你好 🌍 naïve café. " * 10]
+
+
+@dataclass(frozen=True)
+class TinyRegistry:
+    """An MLflow store of a test's own, with one model in it."""
+
+    tracking_uri: str
+    name: str = "tiny"
+
+    def add_version(self, *, seed: int, probe_shift: float = 0.0, alias: str = "", context_length: int = 128) -> str:
+        """Register random weights; a `probe_shift` makes the registry's figure for them wrong by so much."""
+        torch.manual_seed(seed)
+        tokenizer = tiny_tokenizer()
+        config = ModelConfig(
+            family="modern", num_layers=2, width=32, num_heads=2, context_length=context_length, dropout=0.0
+        )
+        model = GPT(config, tokenizer.vocab_size).eval()
+        probe = registry.measure_probe(model, tokenizer)
+        client = mlflow.MlflowClient()
+        with mlflow.start_run() as run, tempfile.TemporaryDirectory() as folder:
+            save_model(Path(folder), model, tokenizer)
+            mlflow.log_artifacts(folder, "model/artifacts/checkpoint")
+            for step in range(20):
+                mlflow.log_metrics({"train/loss": 9 - step / 10, "validation/bits_per_byte": 3 - step / 20}, step=step)
+        tags = {
+            "mlflow_run_id": run.info.run_id,
+            "bits_per_byte": "2.50000",
+            "data_digest": "0123456789abcdef",
+            "num_parameters": str(model.num_parameters()),
+            registry.PROBE_TAG: f"{probe + probe_shift:.5f}",
+        }
+        if not client.search_registered_models(f"name = '{self.name}'"):
+            client.create_registered_model(self.name)
+        source = f"{run.info.artifact_uri}/model"
+        version = client.create_model_version(self.name, source=source, run_id=run.info.run_id, tags=tags).version
+        if alias:
+            self.move_alias(alias, str(version))
+        return str(version)
+
+    def move_alias(self, alias: str, version: str) -> None:
+        mlflow.MlflowClient().set_registered_model_alias(self.name, alias, version)
+
+
+def make_registry(folder: Path) -> TinyRegistry:
+    """Open a fresh store in a folder, and make it MLflow's current one."""
+    uri = f"sqlite:///{folder}/mlflow.db"
+    mlflow.set_tracking_uri(uri)
+    client = mlflow.MlflowClient()
+    client.create_experiment("tiny", artifact_location=str(folder / "mlflow"))
+    mlflow.set_experiment("tiny")
+    return TinyRegistry(uri)
+
+
+def tiny_tokenizer() -> Tokenizer:
+    return train_bpe(TEXT, 400)

@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -114,7 +114,7 @@ def ray_session(verbose: bool = False) -> Iterator[None]:
         # Ray and MLflow warn about their own future; a user of this project can do nothing about it.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"(ray|mlflow)\.")
     address = os.environ.get("RAY_ADDRESS")
-    arguments: dict[str, object] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
+    arguments: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
     if address:
         arguments["address"] = address
     else:

@@ -1,0 +1,53 @@
+"""The picture of a training: its loss on the training data in red, on held-out text in blue."""
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+Curve = Sequence[Sequence[float]]  # points of (step, nats per token)
+
+
+def draw_loss(training: Curve, validation: Curve, *, title: str, bytes_per_token: float) -> bytes:
+    """Return a PNG; the right-hand axis reads the same curves in bits per byte."""
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    marker = "o" if len(validation) <= 60 else ""
+    axes.plot(*_columns(training), color="red", linewidth=1.0, alpha=0.8, label="training")
+    axes.plot(*_columns(validation), color="blue", linewidth=1.8, label="validation", marker=marker, markersize=3.5)
+    axes.set(xlabel="step (optimizer updates)", ylabel="loss (nats per token)", title=title)
+    axes.set_ylim(*_limits(training, validation))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper right")
+    to_bits = 1 / (math.log(2) * bytes_per_token)
+    right = axes.secondary_yaxis("right", functions=(_times(to_bits), _times(1 / to_bits)))
+    right.set_ylabel("bits per byte")
+    if validation:
+        step, loss = validation[-1]
+        axes.annotate(
+            f"{loss * to_bits:.3f} bits per byte",
+            (step, loss), xytext=(-8, 14), textcoords="offset points", ha="right", color="blue",
+        )  # fmt: skip
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
+
+
+def _times(factor: float) -> Callable[[Any], Any]:
+    return lambda value: value * factor
+
+
+def _columns(curve: Curve) -> tuple[list[float], list[float]]:
+    return [point[0] for point in curve], [point[1] for point in curve]
+
+
+def _limits(*curves: Curve) -> tuple[float, float]:
+    """Leave a spike out of the picture rather than press everything else flat."""
+    losses = sorted(point[1] for curve in curves for point in curve if math.isfinite(point[1]))
+    if not losses:
+        return 0.0, 1.0
+    low, high = losses[0], losses[min(len(losses) - 1, int(0.995 * len(losses)))]
+    margin = 0.05 * max(high - low, 0.1)
+    return low - margin, high + margin

@@ -33,6 +33,8 @@ JOBS = ("pipeline", "tokenizer", "prepare", "train", "evaluate", "register", "se
 
 
 def run(config: "Config", options: argparse.Namespace) -> int:
+    import ray.job_submission  # noqa: F401 - sets up its own logging, so before ours
+
     logging.getLogger("ray").setLevel(logging.INFO if options.verbose else logging.ERROR)
     use_local_cluster(ROOT / "artifacts/cluster/environment")
     address = cluster_address()

@@ -61,6 +61,7 @@ from pipeline.checkpoints import BackgroundWriter, CheckpointStore
 from pipeline.config import Config, result_settings, to_yaml
 from pipeline.goodput import TimeSplit, memory_metrics, peak_flops, weight_norm
 from pipeline.loss_plot import draw_loss
+from pipeline.metrics import TrainingGauges
 from pipeline.stream import TokenStream, ValidationStream
 from pipeline.tracking import Tracker
 
@@ -750,6 +751,7 @@ class Report:
         device = next(model.parameters()).device
         self._peak_flops = world_size * peak_flops(device, precision)
         self._tracker = Tracker(job.tracking_uri, job.mlflow_run_id, unsent=progress.unsent, resumed=True)
+        self._gauges = TrainingGauges(job.config.name)
         self._last_save = self._began = time.monotonic()
         self._first_step = progress.step
         self._marked = (progress.tokens, self._training_seconds())
@@ -781,6 +783,7 @@ class Report:
             self._progress.training.append([step, loss])
             metrics |= {"train/loss": loss, "train/bits_per_byte": bits, "train/gradient_norm": gradient_norm}
         self._tracker.log_metrics(metrics, step)
+        self._gauges.show(metrics, step)
         self._say(
             f"step {step:>{len(str(self._options.steps))}}/{self._options.steps}   loss {loss:.4f}"
             f"   {bits:.3f} bits per byte   {tokens_per_second:,.0f} tokens/s   {self._time_left(step)} left"
@@ -793,14 +796,13 @@ class Report:
         if is_best and progress.step > 0:
             progress.best_bits_per_byte, progress.best_step = score.bits_per_byte, progress.step
         progress.validation.append([progress.step, score.nats_per_token])
-        self._tracker.log_metrics(
-            {
-                "validation/loss": score.nats_per_token,
-                "validation/bits_per_byte": score.bits_per_byte,
-                "weights/norm": float(weight_norm(self._model)),
-            },
-            progress.step,
-        )
+        metrics = {
+            "validation/loss": score.nats_per_token,
+            "validation/bits_per_byte": score.bits_per_byte,
+            "weights/norm": float(weight_norm(self._model)),
+        }
+        self._tracker.log_metrics(metrics, progress.step)
+        self._gauges.show(metrics, progress.step)
         words = f"step {progress.step:,}: {score.bits_per_byte:.4f} bits per byte on held-out text"
         self._say(words + " (the best so far)" * (is_best and progress.step > 0))
         if samples:

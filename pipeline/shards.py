@@ -85,7 +85,8 @@ def _describe(artifact: Artifact, name: str, record: FileRecord) -> Shard:
     try:
         while True:
             # The footer lies at the end and is all that read_metadata looks at.
-            tail = artifact.filesystem.cat_file(artifact.file(name), max(0, record.bytes - length), record.bytes)
+            start = max(0, record.bytes - length)
+            tail = artifact.filesystem.cat_file(artifact.file(name), start=start, end=record.bytes)
             needed = int.from_bytes(tail[-8:-4], "little") + 8
             if needed <= len(tail) or len(tail) >= record.bytes:
                 break
@@ -158,7 +159,7 @@ class TokenCache:
             return np.asarray(np.memmap(file, dtype=shard.dtype, mode="r"))
 
     def _decode(self, shard: Shard) -> None:
-        with self._locked(shard):
+        with self._locked(shard.record.sha256):
             path = self._path(shard)
             if path.exists():
                 return
@@ -181,19 +182,23 @@ class TokenCache:
                 partial.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _locked(self, shard: Shard) -> Iterator[None]:
-        with open(self.folder / f"{shard.record.sha256}.lock", "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    def _locked(self, digest: str, wait: bool = True) -> Iterator[None]:
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # a cleaner of /tmp may have been here
+        with open(self.folder / f"{digest}.lock", "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
 
     def _make_room(self, wanted_bytes: int) -> None:
-        """Evict what was used longest ago until `wanted_bytes` more fit."""
+        """Evict what was used longest ago until `wanted_bytes` more fit, and what killed processes left half-made."""
         files = []
-        for entry in os.scandir(self.folder):
-            if entry.name.endswith((".uint16", ".uint32")):
-                with contextlib.suppress(FileNotFoundError):
-                    status = entry.stat()
-                    files.append((status.st_mtime, status.st_size, Path(entry.path)))
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if path.suffix == ".partial":
+                    # Whoever is writing it holds its lock.
+                    with contextlib.suppress(BlockingIOError), self._locked(path.name.split(".")[0], wait=False):
+                        path.unlink()
+                elif path.suffix != ".lock":
+                    files.append((path.stat().st_mtime, path.stat().st_size, path))
         excess = sum(size for _, size, _ in files) + wanted_bytes - self.max_bytes
         for _, size, path in sorted(files):
             if excess <= 0:
@@ -206,18 +211,20 @@ class TokenCache:
 def _local_copy(shard: Shard, folder: Path) -> Iterator[Path]:
     """The shard's Parquet file on this machine: where it lies, or a download that is deleted afterwards."""
     filesystem, path = shard.artifact.filesystem, shard.artifact.file(shard.name)
+    if isinstance(filesystem, LocalFileSystem):
+        if not Path(path).exists():
+            raise _missing(f"{shard.artifact.url}/{shard.name}", shard.record)
+        yield Path(path)
+        return
+    download = folder / f"{shard.record.sha256}.parquet.partial"
     try:
-        if isinstance(filesystem, LocalFileSystem):
-            yield Path(path)
-            return
-        download = folder / f"{shard.record.sha256}.parquet.partial"
         try:
             filesystem.get_file(path, str(download))
-            yield download
-        finally:
-            download.unlink(missing_ok=True)
-    except FileNotFoundError:
-        raise _missing(f"{shard.artifact.url}/{shard.name}", shard.record) from None
+        except FileNotFoundError:
+            raise _missing(f"{shard.artifact.url}/{shard.name}", shard.record) from None
+        yield download
+    finally:
+        download.unlink(missing_ok=True)
 
 
 def _write_tokens(source: Path, shard: Shard, target: Path) -> None:

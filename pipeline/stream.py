@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 IGNORED = -100  # the target that cross-entropy skips
 DEFAULT_WINDOW_TOKENS = 1_000_000_000  # 2 GB of local cache at 16 bits
 DEFAULT_CACHE_GIGABYTES = 64.0
+DECODERS = 4  # threads of each process that download and decode shards
 
 
 @dataclass
@@ -144,7 +145,7 @@ class TokenStream:
                 " or model.context_length."
             )
         self.data_digest = data_digest(self.shards)
-        self._name = (self.data_digest, seed)
+        self._name = (self.data_digest, int(seed))
         self._windows = self._divide(window_tokens)
         self._lengths = [-(-sum(shard.num_tokens for shard in window) // context_length) for window in self._windows]
         self.sequences_per_epoch = sum(self._lengths)
@@ -264,7 +265,7 @@ class TokenStream:
     def _spans(self, step: int) -> Iterator[tuple[int, Window, np.ndarray]]:
         """Yield the parts of a global batch: its first row there, the window, the window's sequences in row order."""
         row = 0
-        epoch, rest = divmod(step * self.batch_sequences, self.sequences_per_epoch)
+        epoch, rest = divmod(int(step) * self.batch_sequences, self.sequences_per_epoch)
         while row < self.batch_sequences:
             for place, index in enumerate(self._window_order(epoch)):
                 here = min(self._lengths[index] - rest, self.batch_sequences - row)
@@ -307,7 +308,7 @@ class TokenStream:
         # The processes of a node start at different shards, so that each decodes some instead of all waiting for one.
         start = os.getpid() * 7919 % len(members)
         turn = [*range(start, len(members)), *range(start)]
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as decoders:
+        with ThreadPoolExecutor(max_workers=DECODERS) as decoders:
             decoded = dict(zip(turn, decoders.map(self._open_shard, [ring.shards[i] for i in turn]), strict=True))
         return Window(
             ring=ring,

@@ -28,7 +28,7 @@ constexpr int MAX_ROWS = 6;  // rows a register tile holds: 6 rows x 2 vectors l
 
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
-typedef int8_t Bytes __attribute__((vector_size(LANES)));
+typedef int16_t Shorts __attribute__((vector_size(LANES * 2)));
 
 enum Type { FLOAT32, BFLOAT16, INT8 };
 
@@ -51,13 +51,14 @@ inline void read_panel(const uint16_t* at, Floats& even, Floats& odd) {
     even = (Floats)(pairs << 16);
     odd = (Floats)(pairs & (int32_t)0xffff0000);
 }
-inline void read_panel(const int8_t* at, Floats& first, Floats& second) {
-    first = __builtin_convertvector(read<Bytes>(at), Floats);
-    second = __builtin_convertvector(read<Bytes>(at + LANES), Floats);
+inline void read_panel(const int8_t* at, Floats& even, Floats& odd) {
+    const Ints pairs = __builtin_convertvector(read<Shorts>(at), Ints);
+    even = __builtin_convertvector(pairs << 24 >> 24, Floats);
+    odd = __builtin_convertvector(pairs >> 8, Floats);
 }
 
 template <class T> void write_panel(float* at, Floats first, Floats second) {
-    if (sizeof(T) == 2) {
+    if (sizeof(T) < sizeof(float)) {
         for (int lane = 0; lane < LANES; ++lane) at[2 * lane] = first[lane], at[2 * lane + 1] = second[lane];
     } else {
         std::memcpy(at, &first, sizeof first);
@@ -87,7 +88,10 @@ void multiply_tile(const T* panels, long panel_stride, int inputs, const float* 
     for (int input = 0; input < inputs; ++input)
         for (int panel = 0; panel < PANELS; ++panel) {
             Floats first, second;
-            read_panel(panels + panel * panel_stride + (long)input * PANEL, first, second);
+            const T* at = panels + panel * panel_stride + (long)input * PANEL;
+            read_panel(at, first, second);
+            // Rows are computed while the panels that come next are on their way.
+            __builtin_prefetch(at + 2 * panel_stride, 0, 2);
             for (int row = 0; row < ROWS; ++row) {
                 const float scalar = x[row * x_stride + input];
                 sums[row][panel][0] += first * scalar;

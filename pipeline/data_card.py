@@ -1,0 +1,135 @@
+"""What a person wants to know about the shards: README.md with a histogram, beside them and in MLflow."""
+
+import io
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifacts import Artifact, FileRecord, Manifest
+from pipeline.config import Config, to_yaml
+
+
+def write(
+    config: Config, counts: Mapping[str, Any], files: Mapping[str, FileRecord], first_shard: str
+) -> dict[str, bytes]:
+    """Return the card's files: name -> content."""
+    return {
+        "README.md": _describe(config, counts, files, first_shard).encode(),
+        "histogram.png": _draw(counts["lengths"], counts["tokenizer"]),
+    }
+
+
+def log_to_mlflow(config: Config, output: Artifact, manifest: Manifest, card: Mapping[str, bytes]) -> None:
+    """Keep the card as an MLflow run of its own; the shards are whole without it, so a failure is only told."""
+    from pipeline import tracking
+
+    try:
+        tracking.connect(config)
+        import mlflow
+
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in card.items():
+                (Path(folder) / name).write_bytes(content)
+            with mlflow.start_run(
+                run_name=f"data {output.fingerprint[:8]}", tags={"stage": "prepare", "url": output.url}
+            ):
+                for split in ("train", "val"):
+                    mlflow.log_metrics({f"{split}_{name}": value for name, value in manifest.counts[split].items()})
+                mlflow.log_artifacts(folder, "data_card")
+    except Exception as error:
+        print(f"prepare   the data card is not in MLflow: {tracking.first_line(error)}", file=sys.stderr)
+
+
+def _describe(config: Config, counts: Mapping[str, Any], files: Mapping[str, FileRecord], first_shard: str) -> str:
+    splits = {name: counts[name] for name in ("train", "val")}
+    rows = [
+        f"| {name} | {split['documents']:,} | {split['bytes']:,} | {split['tokens']:,} |"
+        f" {sum(file.startswith(f'{name}/') for file in files):,} |"
+        for name, split in splits.items()
+    ]
+    dropped = [f"| {reason} | {count:,} |" for reason, count in counts["dropped"].items()] or ["| nothing | 0 |"]
+    lengths = [
+        f"| {2 ** (power - 1) if power else 0:,} to {2**power - 1:,} | {count:,} |"
+        for power, count in enumerate(counts["lengths"])
+        if count
+    ]
+    digests = [f"| {name} | {record.bytes:,} | {record.sha256} |" for name, record in sorted(files.items())]
+    return "\n".join(
+        [
+            f"# Token shards of {config.name}",
+            "",
+            "| split | documents | bytes of text | tokens | shards |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+            f"Tokenizer {counts['tokenizer']}: {counts['vocabulary_size']:,} tokens, the end of text is"
+            f" {counts['end_of_text']}, {counts['bytes_per_token']:.3f} bytes per token, digest"
+            f" {counts['tokenizer_digest']}.",
+            f"Documents with invalid UTF-8 that was replaced: {counts['replaced_utf8']:,}.",
+            "",
+            "| dropped because | documents |",
+            "|---|---|",
+            *dropped,
+            "",
+            "## Lengths",
+            "",
+            "![how many documents have how many tokens](histogram.png)",
+            "",
+            "| tokens | documents |",
+            "|---|---|",
+            *lengths,
+            "",
+            "## Reading them",
+            "",
+            "One row is one document, ended by the end-of-text token. Any Parquet reader opens them:",
+            "",
+            "```python",
+            "import json",
+            "import pyarrow.parquet as pq",
+            "",
+            f'ids = pq.ParquetFile("{first_shard}").read_row_group(0)["tokens"][0].as_py()[:-1]  # without the end',
+            "# tokenizer.json is the tokenizer artifact's, or a checkpoint's.",
+            'vocabulary = json.load(open("tokenizer.json", encoding="utf-8"))["model"]["vocab"]',
+            "spelled = {token: text for text, token in vocabulary.items()}",
+            "# tokenizer.json writes each byte as one printable character, as GPT-2's vocabulary does.",
+            "printable = [*range(33, 127), *range(161, 173), *range(174, 256)]",
+            "others = [byte for byte in range(256) if byte not in printable]",
+            "byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}",
+            'print(bytes(byte_of[c] for token in ids for c in spelled[token]).decode("utf-8"))',
+            "```",
+            "",
+            "## Digests",
+            "",
+            "| file | bytes | SHA-256 |",
+            "|---|---|---|",
+            *digests,
+            "",
+            "## Settings",
+            "",
+            "```yaml",
+            to_yaml(config).strip(),
+            "```",
+            "",
+        ]
+    )
+
+
+def _draw(lengths: list[int], tokenizer: str) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    used = [power for power, count in enumerate(lengths) if count]
+    powers = range(used[0], used[-1] + 1)
+    figure = Figure(figsize=(8, 4.5), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.bar(range(len(powers)), [lengths[power] for power in powers], width=0.9, color="#3b6ea5")
+    axes.set_xticks(range(len(powers)), [f"< {2**power:,}" for power in powers], rotation=45, ha="right")
+    axes.set_xlabel(f"tokens in a document ({tokenizer})")
+    axes.set_ylabel("documents")
+    axes.set_title(f"{sum(lengths):,} documents by length")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": None})
+    return picture.getvalue()

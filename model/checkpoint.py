@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model.gpt import GPT, ModelConfig
 
@@ -136,14 +137,13 @@ def import_weights(model: GPT, weights: Mapping[str, Tensor], source: str) -> No
         parts = [given.pop(name) for name in theirs]
         weight = torch.cat([part.t() if transposed else part for part in parts])
         target = model.get_parameter(ours).data
-        if ours in ("embedding.weight", "head.weight"):
-            target.zero_()
-            target = target[: model.vocab_size]
-        if weight.shape != target.shape:
-            raise ValueError(
-                f"{source} holds {theirs[0]} of shape {tuple(weight.shape)}, the model needs {tuple(target.shape)}."
-            )
-        target.copy_(weight)
+        padding = len(target) - model.vocab_size if ours in ("embedding.weight", "head.weight") else 0
+        wanted = (len(target) - padding, *target.shape[1:])
+        if weight.shape != wanted:
+            raise ValueError(f"{source} holds {theirs[0]} of shape {tuple(weight.shape)}, the model needs {wanted}.")
+        if padding:
+            weight = torch.cat((weight, weight.new_zeros(padding, weight.shape[1])))
+        target.copy_(_placed(weight, target))
     if given:
         raise ValueError(f"{source} holds the weight {min(given)}, which this model has not.")
 
@@ -303,10 +303,16 @@ def _sections(model: GPT, name: str) -> list[int]:
     return next(list(sections) for ours, _, sections in model.matrices() if ours == name)
 
 
+def _placed(weight: Tensor, target: Tensor) -> Tensor:
+    """Shard a whole weight as FSDP2 has sharded its parameter."""
+    if not isinstance(target, DTensor):
+        return weight
+    return distribute_tensor(weight.to(target.device, target.dtype), target.device_mesh, target.placements)
+
+
 def _full(weight: Tensor) -> Tensor:
     """Gather a parameter that FSDP2 has sharded; others are whole."""
-    gather = getattr(weight, "full_tensor", None)
-    return weight if gather is None else gather()
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

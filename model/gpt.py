@@ -48,6 +48,10 @@ class ModelConfig:
             require(getattr(self, name) >= 0, f"model.{name} cannot be negative; 0 derives it.")
         require(0 <= self.dropout < 1, "model.dropout must be at least 0 and below 1.")
         require(self.rope_theta > 1, "model.rope_theta must be above 1.")
+        require(
+            self.head_dim > 0 or self.width % self.num_heads == 0,
+            "model.width must be divisible by model.num_heads.",
+        )
         if self.family == "classic":
             require(
                 self.num_kv_heads in (0, self.num_heads) and self.head_dim in (0, self.width // self.num_heads),
@@ -63,10 +67,6 @@ class ModelConfig:
                 "model.num_heads must be divisible by model.num_kv_heads.",
             )
             require(self.channels_per_head % 2 == 0, "model.head_dim must be even: RoPE turns pairs of channels.")
-        require(
-            self.head_dim > 0 or self.width % self.num_heads == 0,
-            "model.width must be divisible by model.num_heads.",
-        )
 
     @property
     def is_modern(self) -> bool:
@@ -153,8 +153,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, sum(self.sections), bias=bias)
         self.output = nn.Linear(queries, config.width, bias=bias)
         if config.is_modern:
-            self.query_norm = nn.RMSNorm(self.head_dim, eps=config.norm_epsilon)
-            self.key_norm = nn.RMSNorm(self.head_dim, eps=config.norm_epsilon)
+            self.query_norm = RMSNorm(self.head_dim, eps=config.norm_epsilon)
+            self.key_norm = RMSNorm(self.head_dim, eps=config.norm_epsilon)
 
     def forward(self, x: Tensor, context: AttentionContext, layer: int) -> Tensor:
         batch, length, _ = x.shape
@@ -165,7 +165,7 @@ class Attention(nn.Module):
             queries, keys = self.query_norm(queries), self.key_norm(keys)
         queries, keys, values = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
         if context.rotation is not None:
-            # The norms give float32 under autocast; attention wants one dtype.
+            # Angles are float32, whatever the rest is; attention wants one dtype.
             queries, keys = (rotate(part, *context.rotation).to(values.dtype) for part in (queries, keys))
         if context.cache is not None:
             assert context.positions is not None
@@ -181,6 +181,13 @@ class Attention(nn.Module):
             enable_gqa=self.kv_heads != self.num_heads,
         )
         return self.output(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+
+class RMSNorm(nn.RMSNorm):
+    """Computes in float32, as transformers does, and gives back the precision it got."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -226,8 +233,9 @@ class Block(nn.Module):
 
 
 def build_norm(config: ModelConfig) -> nn.Module:
-    norm = nn.RMSNorm if config.is_modern else nn.LayerNorm
-    return norm(config.width, eps=config.norm_epsilon)
+    if config.is_modern:
+        return RMSNorm(config.width, eps=config.norm_epsilon)
+    return nn.LayerNorm(config.width, eps=config.norm_epsilon)
 
 
 class GPT(nn.Module):
@@ -352,6 +360,9 @@ class GPT(nn.Module):
             context.rotation = (self.cosines[:length], self.sines[:length])
         else:
             context.rotation = (self.cosines[positions][:, None], self.sines[positions][:, None])
+        if torch.is_autocast_enabled(x.device.type):
+            # Else float32 embeddings would keep the whole residual stream in float32: twice the memory traffic.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer, block in enumerate(self.blocks):
             x = block(x, context, layer)
         return self.norm(x)

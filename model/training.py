@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -73,10 +74,11 @@ def parallelize(
         model.cross_entropy = torch.compile(chunked_cross_entropy, dynamic=False)
     if strategy == "fsdp":
         policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for block in model.blocks:
-            fully_shard(block, mp_policy=policy)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
         # The loss needs no cast of its integers; the root holds embedding, last norm and head.
-        fully_shard(module, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy)
         return module
     if strategy == "ddp":
         return DistributedDataParallel(
@@ -84,7 +86,6 @@ def parallelize(
             device_ids=[device] if device.type == "cuda" else None,
             bucket_cap_mb=BUCKET_MEGABYTES,
             gradient_as_bucket_view=True,  # gradients live in the buckets: one copy less of them
-            static_graph=True,
             broadcast_buffers=False,  # the rotary table is computed alike everywhere
         )
     return module

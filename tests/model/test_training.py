@@ -1,0 +1,172 @@
+"""A training step gives the same result however its batch is divided: into micro-batches, over ranks, or sharded."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.checkpoint import export_weights, import_weights
+from model.gpt import GPT, ModelConfig
+from model.optimizer import Optimizer, OptimizerConfig, build_optimizer
+from model.training import autocast, bits_per_byte, choose_precision, parallelize, train_step
+
+TINY = ModelConfig(num_layers=2, width=16, num_heads=2, context_length=8, mlp_width=32)
+VOCABULARY = 70
+GLOBAL_TOKENS = 4 * 8 - 3
+
+
+@dataclass
+class Rows:
+    tokens: Tensor
+    targets: Tensor
+    document_ids: Tensor | None = None
+
+
+def tiny_model(config: ModelConfig = TINY) -> GPT:
+    torch.manual_seed(3)
+    model = GPT(config, VOCABULARY)
+    with torch.no_grad():
+        model.head.weight[:VOCABULARY].normal_(std=0.1)
+        for block in model.blocks:
+            block.mlp.output.weight.normal_(std=0.1)
+            block.attention.output.weight.normal_(std=0.1)
+    return model
+
+
+def global_batch(step: int) -> Rows:
+    rows = torch.randint(0, VOCABULARY, (4, 9), generator=torch.Generator().manual_seed(step))
+    targets = rows[:, 1:].clone()
+    targets[0, :3] = -100
+    return Rows(rows[:, :-1], targets)
+
+
+def split(batch: Rows, *sizes: int) -> list[Rows]:
+    return [
+        Rows(tokens, targets)
+        for tokens, targets in zip(batch.tokens.split(sizes), batch.targets.split(sizes), strict=True)
+    ]
+
+
+def train(
+    kind: str = "muon", sizes: tuple[int, ...] = (4,), compile: bool = False, config: ModelConfig = TINY
+) -> tuple[GPT, list[float]]:
+    model = tiny_model(config)
+    module = parallelize(model, compile=compile)
+    optimizer = build_optimizer(model, OptimizerConfig(kind=kind, clip_norm=0.5), total_steps=3)
+    losses = []
+    for step in range(3):
+        measures = train_step(
+            module, optimizer, split(global_batch(step), *sizes), step=step, global_tokens=GLOBAL_TOKENS
+        )
+        losses.append(measures.loss.item())
+    return model, losses
+
+
+def assert_same_weights(model: GPT, other: GPT) -> None:
+    for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_uneven_micro_batches_add_up_to_the_whole_batch() -> None:
+    whole, losses = train(sizes=(4,))
+    parts, part_losses = train(sizes=(1, 3))
+    assert part_losses == pytest.approx(losses, rel=1e-5)
+    assert_same_weights(whole, parts)
+
+
+def test_the_same_run_gives_the_same_bits() -> None:
+    first, losses = train(sizes=(2, 2))
+    second, again = train(sizes=(2, 2))
+    assert losses == again
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["classic", "modern"])
+def test_the_compiled_step_computes_the_same(family: str) -> None:
+    config = ModelConfig(family=family, num_layers=3, width=16, num_heads=2, context_length=8, mlp_width=32)
+    plain, losses = train(kind="adamw", config=config)
+    compiled, compiled_losses = train(kind="adamw", compile=True, config=config)
+    assert compiled_losses == pytest.approx(losses, rel=1e-4)
+    assert_same_weights(plain, compiled)
+
+
+def test_a_bad_loss_can_be_skipped_with_the_weights_left_alone() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.norm.weight[0] = math.inf
+    before = [parameter.clone() for parameter in model.parameters()]
+    optimizer = build_optimizer(model, OptimizerConfig(), total_steps=3)
+    measures = train_step(
+        parallelize(model), optimizer, [global_batch(0)], step=0, global_tokens=GLOBAL_TOKENS, skip_bad_loss=True
+    )
+    assert measures.skipped
+    assert not math.isfinite(measures.loss.item())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_step_without_data_is_refused() -> None:
+    model = tiny_model()
+    optimizer = build_optimizer(model, OptimizerConfig(), total_steps=3)
+    with pytest.raises(ValueError, match="at least one micro-batch"):
+        train_step(parallelize(model), optimizer, [], step=0, global_tokens=1)
+
+
+def test_bits_per_byte_by_hand() -> None:
+    # Two tokens of probability 1/4 and 1/2 are 2 + 1 bits; "naïve" is six bytes in UTF-8.
+    nats = math.log(4) + math.log(2)
+    assert bits_per_byte(nats, len("naïve".encode())) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="at least one byte"):
+        bits_per_byte(1.0, 0)
+
+
+def test_precision_is_what_was_asked_for() -> None:
+    assert choose_precision("float32", "cpu") == torch.float32
+    assert choose_precision("bfloat16", "cpu") == torch.bfloat16
+    assert choose_precision("auto", "cpu") in (torch.float32, torch.bfloat16)
+    with autocast("cpu", torch.bfloat16):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+def test_two_ranks_learn_the_same_with_ddp_and_fsdp2_as_one_alone(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(learn_on_one_rank, args=(2, str(tmp_path / "meeting")), nprocs=2)
+
+
+def learn_on_one_rank(rank: int, world_size: int, meeting: str) -> None:
+    """Compare both strategies with the whole batch on this rank alone; the ranks' shares are uneven."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+    for kind in ("adamw", "muon"):
+        alone, losses = train(kind, sizes=(4,))
+        for strategy in ("ddp", "fsdp"):
+            model = tiny_model()
+            module = parallelize(model, strategy=strategy)
+            optimizer = build_optimizer(model, OptimizerConfig(kind=kind, clip_norm=0.5), total_steps=3)
+            for step in range(3):
+                if strategy == "fsdp" and step == 1:
+                    restart(model, optimizer)
+                share = split(global_batch(step), 3, 1)[rank]
+                micro_batches = split(share, 2, 1) if rank == 0 else [share]
+                if rank == 1:  # FSDP2's ranks must run equally many passes
+                    micro_batches = [*micro_batches, Rows(share.tokens, torch.full_like(share.targets, -100))]
+                measures = train_step(module, optimizer, micro_batches, step=step, global_tokens=GLOBAL_TOKENS)
+                assert measures.loss.item() == pytest.approx(losses[step], rel=1e-4), (kind, strategy, step)
+            for (name, ours), theirs in zip(export_weights(model).items(), export_weights(alone).values(), strict=True):
+                torch.testing.assert_close(
+                    ours, theirs, rtol=1e-3, atol=1e-4, msg=lambda m, n=(kind, strategy, name): f"{n}: {m}"
+                )
+    dist.destroy_process_group()
+
+
+def restart(model: GPT, optimizer: Optimizer) -> None:
+    """Write what a checkpoint holds, spoil everything, and read it again."""
+    weights, state = export_weights(model), optimizer.state_dict()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    import_weights(model, weights, "memory")
+    optimizer.load_state_dict(state)

@@ -175,7 +175,8 @@ def node_versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            # Without the build: torch for CPUs on the head and for CUDA on the workers is one version.
+            found[package] = metadata.version(package).partition("+")[0]
         except metadata.PackageNotFoundError:
             found[package] = "missing"
     return found

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
+from fastapi import HTTPException as BodyTooLarge
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.datastructures import Headers
@@ -266,8 +267,7 @@ def truncate(body: CompletionRequest, tokens: list[int], context_length: int) ->
 def choose_max_tokens(body: CompletionRequest, prompt_tokens: int, context_length: int) -> int:
     """How many tokens to generate: as asked, or up to 16; raises `ApiError` where the context has no room for them."""
     room = context_length - prompt_tokens
-    # Scoring generates nothing, so that a prompt may fill the context.
-    if room < (0 if body.max_tokens == 0 else 1):
+    if room < 1:
         raise too_long(str(prompt_tokens), context_length)
     if body.max_tokens is None:
         return min(DEFAULT_MAX_TOKENS, room)
@@ -285,8 +285,8 @@ def choose_max_tokens(body: CompletionRequest, prompt_tokens: int, context_lengt
 def too_long(tokens: str, context_length: int) -> ApiError:
     return ApiError(
         400,
-        f"This model's context is {context_length} tokens and the prompt has {tokens}; shorten it,"
-        " or set truncate_prompt_tokens.",
+        f"This model's context is {context_length} tokens, one of them for the answer, and the prompt has {tokens};"
+        " shorten it, or set truncate_prompt_tokens.",
         code="context_length_exceeded",
         param="prompt",
     )
@@ -515,9 +515,11 @@ async def answer_validation_error(request: Request, error: Exception) -> Respons
 async def answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     sentences = {
+        400: "The body is not JSON that can be read.",
         404: f"There is nothing at {request.url.path}; the API is described at /docs.",
         405: f"{request.url.path} does not take {request.method}.",
     }
+    # FastAPI's own 400: JSON that no parser can hold, such as a hundred thousand brackets.
     message = sentences.get(error.status_code, str(error.detail))
     return JSONResponse(error_body(error.status_code, message), status_code=error.status_code, headers=error.headers)
 
@@ -539,6 +541,7 @@ class Gate:
         limit = self._service.max_body_bytes
         status = 0
         seen_bytes = 0
+        too_large = BodyTooLarge(413, f"The body is over the limit of {limit} bytes.")
 
         async def count_status(message: Message) -> None:
             nonlocal status
@@ -551,7 +554,7 @@ class Gate:
             message = await receive()
             seen_bytes += len(message.get("body", b""))
             if seen_bytes > limit:
-                raise ApiError(413, f"The body is over the limit of {limit} bytes.", code="body_too_large")
+                raise too_large  # inside FastAPI, which lets its own kind through
             return message
 
         headers = Headers(scope=scope)
@@ -562,7 +565,7 @@ class Gate:
                 authorization, host = headers.get("authorization"), headers.get("host")
                 scope["api_key"] = self._service.access.admit(authorization, client, host)
             if declared.isdigit() and int(declared[:20]) > limit:
-                raise ApiError(413, f"The body is over the limit of {limit} bytes.", code="body_too_large")
+                raise ApiError(413, too_large.detail)
             await self._app(scope, limited_receive, count_status)
         except ApiError as error:
             if status:

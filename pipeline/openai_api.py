@@ -115,7 +115,7 @@ class CompletionRequest(Strict):
     def sampling(self, max_tokens: int, vocab_size: int) -> SamplingSettings:
         """The engine's settings for this request."""
         chosen: dict[str, Any] = {
-            "best_of": self.best_of or self.num_choices,
+            "best_of": self.best_of,
             "frequency_penalty": self.frequency_penalty,
             "logit_bias": self._logit_bias(vocab_size),
             "logprobs": self.logprobs,

@@ -30,7 +30,13 @@ class TinyRegistry:
             family="modern", num_layers=2, width=32, num_heads=2, context_length=context_length, dropout=0.0
         )
         model = GPT(config, tokenizer.vocab_size).eval()
+        with torch.no_grad():  # fresh weights know no favourites: every answer would be evenly likely
+            for weight in model.parameters():
+                weight += 0.1 * torch.randn_like(weight)
+        model.clear_padding()
         probe = registry.measure_probe(model, tokenizer)
+        mlflow.set_tracking_uri(self.tracking_uri)
+        mlflow.set_experiment("tiny")
         client = mlflow.MlflowClient()
         with mlflow.start_run() as run, tempfile.TemporaryDirectory() as folder:
             save_model(Path(folder), model, tokenizer)
@@ -52,8 +58,13 @@ class TinyRegistry:
             self.move_alias(alias, str(version))
         return str(version)
 
+    def current(self) -> "TinyRegistry":
+        """Make this store MLflow's own in this process, whatever other tests have set."""
+        mlflow.set_tracking_uri(self.tracking_uri)
+        return self
+
     def move_alias(self, alias: str, version: str) -> None:
-        mlflow.MlflowClient().set_registered_model_alias(self.name, alias, version)
+        mlflow.MlflowClient(tracking_uri=self.tracking_uri).set_registered_model_alias(self.name, alias, version)
 
 
 def make_registry(folder: Path) -> TinyRegistry:

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -199,7 +200,8 @@ class TokenCache:
                         path.unlink()
                 elif path.suffix != ".lock":
                     files.append((path.stat().st_mtime, path.stat().st_size, path))
-        excess = sum(size for _, size, _ in files) + wanted_bytes - self.max_bytes
+        held = sum(size for _, size, _ in files)
+        excess = max(held + wanted_bytes - self.max_bytes, wanted_bytes - shutil.disk_usage(self.folder).free)
         for _, size, path in sorted(files):
             if excess <= 0:
                 break

@@ -26,6 +26,7 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
 
@@ -124,6 +125,12 @@ def ray_session(verbose: bool = False) -> Iterator[None]:
         ray.init(**arguments)
     except ConnectionError as error:
         raise ValueError(f"No Ray cluster answers at RAY_ADDRESS={address}: {error}") from None
+    except Exception as error:
+        # A busy machine can miss the half minute that Ray gives its own processes to start.
+        if address or "timed out during startup" not in str(error):
+            raise
+        ray.shutdown()
+        ray.init(**arguments)
     try:
         yield
     finally:

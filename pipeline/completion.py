@@ -10,6 +10,7 @@ from typing import Any
 
 import mlflow
 import pandas
+
 from model.checkpoint import load_model
 from model.generation import complete
 from model.sampling import SamplingSettings
@@ -24,7 +25,7 @@ class Completion(mlflow.pyfunc.PythonModel):
         self.model = load_model(folder).eval()
         self.tokenizer = load_tokenizer(folder)
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
+    def predict(self, context, model_input, params=None):  # without hints: they would override the signature
         if isinstance(model_input, pandas.DataFrame):
             model_input = model_input["prompt" if "prompt" in model_input else model_input.columns[0]]
         prompts = [model_input] if isinstance(model_input, str) else list(model_input)

@@ -1,9 +1,40 @@
-"""Which documents to leave out, each rule off by default and counted by its reason."""
+"""Which documents to leave out: each rule is off by default, and counts what it drops by its reason.
 
-from pipeline.artifacts import Artifact
+Rules for one document by itself are in `reason_to_drop`. Duplicates are found in two passes that hold no more than
+one partition of hashes in memory, however large the corpus:
+
+    sign      each unit of work writes the hashes of its documents, sorted by partition (`sign_documents`)
+    compare   each partition is compared by itself, over all units (`find_duplicates`); the first of equals stays
+"""
+
+import hashlib
+import io
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from itertools import pairwise
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasketch import MinHash
+
 from pipeline.config import PrepareConfig
 
 TOO_SHORT, TOO_LONG, LOW_QUALITY = "too short", "too long", "low quality"
+EXACT, NEAR = "exact duplicate", "near duplicate"
+
+NUM_HASHES = 128
+SHINGLE_WORDS = 5
+SIGNATURE = pa.binary(NUM_HASHES)
+# The share of pairs just as similar as the threshold that the bands must bring together.
+LEAST_RECALL = 0.95
+MOST_COMPARED = 200
+
+_WORD = re.compile(r"\w+")
+_COMMON = re.compile(r"\b(?:the|be|to|of|and|that|have|with|is|are|was|for|in|it|this|on|as|you)\b")
 
 
 def reason_to_drop(text: str, settings: PrepareConfig) -> str:
@@ -12,9 +43,191 @@ def reason_to_drop(text: str, settings: PrepareConfig) -> str:
         return TOO_SHORT
     if settings.max_characters and len(text) > settings.max_characters:
         return TOO_LONG
-    return ""
+    return LOW_QUALITY if settings.quality_filter and not reads_like_prose(text) else ""
 
 
-def load_duplicates(output: Artifact, folder: str, unit: str) -> dict[int, str]:
-    """Return why which documents of a unit are duplicates, by their position in it."""
-    raise NotImplementedError
+def reads_like_prose(text: str) -> bool:
+    """The quality rule, for English, after Gopher's (Rae et al. 2021, table A1). All of these hold:
+
+    - 50 words or more, of 3 to 10 characters on average;
+    - at least 80 % of them have a letter, and at least 5 % are one of 18 common English words;
+    - fewer than one '#' or '…' for ten words;
+    - at most 90 % of the lines start with a bullet, at most 30 % end with an ellipsis;
+    - no line makes up 30 % of the text by being repeated.
+    """
+    words = text.split()
+    if len(words) < 50 or not 3 <= sum(map(len, words)) / len(words) <= 10:
+        return False
+    if sum(any(map(str.isalpha, word)) for word in words) < 0.8 * len(words):
+        return False
+    if len(_COMMON.findall(text.lower())) < 0.05 * len(words):
+        return False
+    if text.count("#") + text.count("…") + text.count("...") > 0.1 * len(words):
+        return False
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if sum(line.startswith(("•", "-", "*", "‣")) for line in lines) > 0.9 * len(lines):
+        return False
+    if sum(line.endswith(("…", "...")) for line in lines) > 0.3 * len(lines):
+        return False
+    repeated = len(lines) - len(set(lines))
+    return repeated == 0 or sum(map(len, lines)) - sum(map(len, set(lines))) <= 0.3 * len(text)
+
+
+# Signing ----------------------------------------------------------------------------------------------------------
+
+
+def bands_for(similarity: float) -> tuple[int, int]:
+    """Return (bands, rows): the most rows, so the fewest wrong candidates, that find LEAST_RECALL of the pairs."""
+    for rows in range(NUM_HASHES, 1, -1):
+        bands = NUM_HASHES // rows
+        if 1 - (1 - similarity**rows) ** bands >= LEAST_RECALL:
+            return bands, rows
+    return NUM_HASHES, 1
+
+
+def minhash(text: str) -> np.ndarray | None:
+    """Hash the set of a text's runs of five words into a signature; None where there are no words."""
+    words = _WORD.findall(text.lower())
+    if not words:
+        return None
+    hasher = MinHash(NUM_HASHES, seed=1, hashfunc=zlib.crc32, permutations=_permutations(), scheme="affine32")
+    last = max(len(words) - SHINGLE_WORDS + 1, 1)
+    for start in range(0, last, 4096):  # in parts: a batch takes NUM_HASHES x 8 bytes for each run
+        stop = min(start + 4096, last)
+        hasher.update_batch([" ".join(words[i : i + SHINGLE_WORDS]).encode() for i in range(start, stop)])
+    return hasher.hashvalues
+
+
+@lru_cache(maxsize=1)
+def _permutations() -> Any:
+    return MinHash(NUM_HASHES, seed=1, scheme="affine32").permutations
+
+
+def sign_documents(
+    documents: Iterable[tuple[int, str]], settings: PrepareConfig, partitions: int
+) -> Iterator[tuple[str, bytes]]:
+    """Yield (kind, Parquet file) with the hashes of (position, text): one row for each hash, ordered by partition."""
+    exact_keys: list[bytes] = []
+    exact_positions: list[int] = []
+    signatures: list[np.ndarray] = []
+    near_positions: list[int] = []
+    for position, text in documents:
+        if settings.drop_exact_duplicates:
+            exact_keys.append(hashlib.blake2b(text.encode(), digest_size=16).digest())
+            exact_positions.append(position)
+        if settings.drop_near_duplicates and (signature := minhash(text)) is not None:
+            signatures.append(signature)
+            near_positions.append(position)
+    if settings.drop_exact_duplicates:
+        halves = np.frombuffer(b"".join(exact_keys), dtype="<u8").reshape(-1, 2)
+        rows = {
+            "key": halves[:, 0],
+            "rest": halves[:, 1],
+            "position": np.array(exact_positions, dtype=np.int32),
+        }
+        yield EXACT, _write_partitions(rows, partitions)
+    if settings.drop_near_duplicates:
+        bands, rows_per_band = bands_for(settings.near_duplicate_similarity)
+        hashes = np.array(signatures, dtype=np.uint64).reshape(-1, NUM_HASHES)
+        keys = [_band_key(hashes, band, rows_per_band) for band in range(bands)]
+        # The lowest byte of each hash is enough to estimate similarity by: equal by chance once in 256.
+        short = (hashes & np.uint64(255)).astype(np.uint8)
+        rows = {
+            "key": np.concatenate(keys),
+            "position": np.tile(np.array(near_positions, dtype=np.int32), bands),
+            "signature": np.tile(short, (bands, 1)),
+        }
+        yield NEAR, _write_partitions(rows, partitions)
+
+
+def _band_key(hashes: np.ndarray, band: int, rows: int) -> np.ndarray:
+    """Mix the hashes of one band, and its number, into 64 bits."""
+    key = np.full(len(hashes), band + 1, dtype=np.uint64)
+    for row in range(band * rows, (band + 1) * rows):
+        key = (key ^ hashes[:, row]) * np.uint64(0x9E3779B97F4A7C15)
+        key ^= key >> np.uint64(29)
+    return key
+
+
+def _write_partitions(rows: dict[str, np.ndarray], partitions: int) -> bytes:
+    """One row group for each partition that has rows: a reader skips the others by their statistics."""
+    partition = (rows["key"] % np.uint64(partitions)).astype(np.int32)
+    order = np.argsort(partition, kind="stable")
+    columns = {name: values[order] for name, values in rows.items()}
+    arrays: dict[str, pa.Array] = {"partition": pa.array(partition[order])}
+    for name, values in columns.items():
+        flat = pa.py_buffer(np.ascontiguousarray(values))
+        is_signature = name == "signature"
+        arrays[name] = pa.Array.from_buffers(SIGNATURE, len(values), [None, flat]) if is_signature else pa.array(values)
+    table = pa.table(arrays)
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, table.schema, compression="none", use_dictionary=False) as writer:
+        edges = np.searchsorted(partition[order], np.arange(partitions + 1))
+        for start, stop in pairwise(edges.tolist()):
+            if stop > start:
+                writer.write_table(table.slice(start, stop - start))
+    return sink.getvalue()
+
+
+# Comparing --------------------------------------------------------------------------------------------------------
+
+
+def find_duplicates(kind: str, partition: int, units: Iterable[IO[bytes]], similarity: float) -> dict[int, list[int]]:
+    """Compare one partition of the hashes of all units, in order; return unit index -> positions to drop."""
+    tables = []
+    for index, handle in enumerate(units):
+        table = pq.read_table(handle, filters=[("partition", "==", partition)])
+        tables.append(table.append_column("unit", pa.array(np.full(len(table), index, dtype=np.int32))))
+    if not tables:
+        return {}
+    table = pa.concat_tables(tables)
+    columns = {name: table.column(name).to_numpy() for name in table.column_names if name != "signature"}
+    # Equal keys come to lie together, and among them the first document of the corpus first.
+    ranks = [columns["position"], columns["unit"], *([columns["rest"]] if kind == EXACT else []), columns["key"]]
+    order = np.lexsort(ranks)
+    keys = [columns[name][order] for name in (("key", "rest") if kind == EXACT else ("key",))]
+    same = np.ones(max(len(order) - 1, 0), dtype=bool)
+    for key in keys:
+        same &= key[1:] == key[:-1]
+    if kind == EXACT:
+        doomed = order[1:][same]
+    else:
+        signatures = _signatures(table)
+        starts = np.flatnonzero(np.concatenate([[True], ~same])) if len(order) else np.zeros(0, dtype=int)
+        stops = np.append(starts[1:], len(order))
+        crowded = stops - starts > 1
+        found = [
+            _near(order[start:stop], signatures, similarity)
+            for start, stop in zip(starts[crowded], stops[crowded], strict=True)
+        ]
+        doomed = np.concatenate(found) if found else np.zeros(0, dtype=int)
+    result: dict[int, list[int]] = {}
+    pairs = np.unique(np.stack([columns["unit"][doomed], columns["position"][doomed]], axis=1), axis=0)
+    for unit, position in pairs.tolist():
+        result.setdefault(unit, []).append(position)
+    return result
+
+
+def _signatures(table: pa.Table) -> np.ndarray:
+    parts = [
+        np.frombuffer(chunk.buffers()[1], dtype=np.uint8).reshape(-1, NUM_HASHES)[chunk.offset :][: len(chunk)]
+        for chunk in table.column("signature").chunks
+        if len(chunk)
+    ]
+    return np.concatenate(parts) if parts else np.zeros((0, NUM_HASHES), dtype=np.uint8)
+
+
+def _near(rows: np.ndarray, signatures: np.ndarray, similarity: float) -> np.ndarray:
+    """Of the documents in one bucket, in order, drop each that is as similar as asked to an earlier one that stays.
+
+    Only the first MOST_COMPARED that stay are compared with, so that a bucket of boilerplate costs no square.
+    """
+    doomed: list[np.ndarray] = []
+    for _ in range(MOST_COMPARED):
+        if len(rows) < 2:
+            break
+        agreement = (signatures[rows[1:]] == signatures[rows[0]]).mean(axis=1)
+        is_near = (agreement - 1 / 256) / (1 - 1 / 256) >= similarity
+        doomed.append(rows[1:][is_near])
+        rows = rows[1:][~is_near]
+    return np.concatenate(doomed) if doomed else np.zeros(0, dtype=int)

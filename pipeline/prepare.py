@@ -8,17 +8,20 @@ number of workers, a run that was stopped keeps every slice that has its record,
 """
 
 import hashlib
+import io
 import json
 import logging
 import posixpath
+import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import botocore.exceptions
 import numpy as np
@@ -26,10 +29,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
+from fsspec.implementations.local import LocalFileSystem
 
 from model.tokenizer import Tokenizer, parse_tokenizer
 from pipeline import cleaning, data_card
-from pipeline.artifacts import Artifact, FileRecord, Manifest
+from pipeline.artifacts import MANIFEST, Artifact, FileRecord, Manifest
 from pipeline.config import Config, PrepareConfig, SourceConfig, result_settings
 from pipeline.sources import REPLACED, Slice, read, read_pieces, slices
 
@@ -38,6 +42,8 @@ ROW_GROUP_TOKENS = 1_000_000
 BYTES_PER_TOKEN = 4.2  # of English with a large vocabulary: how much text fills one shard
 SPLITS = ("train", "val")
 EMPTY = "empty"
+UNIT, SIGNED = ".unit.json", ".signed.json"  # the records of a finished unit, by what was done
+PARTITION_BYTES = 10**9  # text whose hashes one task compares in memory: for near duplicates about half as much again
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -53,9 +59,13 @@ class Job:
     tokenizer: Artifact
     output: Artifact
     slice_bytes: int
+    partitions: int  # of the hashes, when looking for duplicates
     # Documents whose hash is below go to val. 64 bits; a fraction of the range, or the lowest hash of a tiny corpus.
     val_below: int
-    duplicates: str = ""  # where the duplicates are listed; empty: nobody looked for any
+    duplicates: tuple[str, ...] = ()  # the files that list them
+
+
+Task = Callable[[Job, Slice, str, "list[bytes] | None"], str]  # does one unit of work, returns its record
 
 
 @dataclass
@@ -104,21 +114,21 @@ class Tally:
 def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Manifest:
     """Make the shards of the corpus; what an earlier, stopped run finished is kept."""
     slice_bytes = int(config.prepare.shard_tokens * BYTES_PER_TOKEN)
+    parts = slices(config.source, slice_bytes)
     job = Job(
         source=config.source,
         settings=config.prepare,
         tokenizer=inputs["tokenizer"],
         output=output,
         slice_bytes=slice_bytes,
+        partitions=1 + sum(part.text_bytes for part in parts) // PARTITION_BYTES,
         val_below=int(config.prepare.validation_fraction * 2**64),
     )
-    parts = slices(config.source, slice_bytes)
-    finished = _read_records(job)
+    there = output.list_files()
     if config.prepare.drop_exact_duplicates or config.prepare.drop_near_duplicates:
-        raise NotImplementedError
-
-    tallies = _prepare_all(job, parts, finished)
-    total = _sum(tallies)
+        job = _find_duplicates(job, parts, there)
+    tallies = _prepare_all(job, parts, _read_records(job, there, UNIT))
+    total = first = _sum(tallies)
     if total.documents == 0:
         why = ", ".join(f"{count:,} {reason}" for reason, count in sorted(total.dropped.items()))
         raise ValueError(f"The corpus is empty: no document of the source holds text{f' ({why})' if why else ''}.")
@@ -156,9 +166,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
         counts=counts,
         files=files,
     )
-    work = posixpath.join(output.path, "work")
-    if output.filesystem.exists(work):
-        output.filesystem.rm(work, recursive=True)
+    _clear_work(job, {*there, *first.files, *total.files, *job.duplicates}, tallies, files)
     data_card.log_to_mlflow(config, output, manifest, card)
     return manifest
 
@@ -167,25 +175,46 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
 
 
 def _prepare_all(job: Job, parts: list[Slice], finished: Mapping[str, Tally]) -> dict[str, Tally]:
-    """Run every slice that has no record under this job's split; return the tally of each unit, by name."""
+    """Make the shards of every unit that has no record under this job's split; return every unit's tally."""
     # A unit without a document to move, or split the same way before, stays as it is.
-    tallies = {
+    still_valid = {
         name: tally
         for name, tally in finished.items()
         if tally.val_below == job.val_below or (tally.val_below < job.val_below <= tally.lowest_hash)
     }
-    streams = _read_streams(job, parts)
+    return _run_units(job, parts, still_valid, prepare_unit, "prepare")
+
+
+def _find_duplicates(job: Job, parts: list[Slice], there: Mapping[str, int]) -> Job:
+    """Sign every document, then compare partition by partition; return the job that knows the duplicates."""
+    names = list(_run_units(job, parts, _read_records(job, there, SIGNED), sign_unit, "clean"))
+    kinds = [cleaning.EXACT] * job.settings.drop_exact_duplicates + [cleaning.NEAR] * job.settings.drop_near_duplicates
+    wanted = {
+        f"work/{kind}-{partition:05d}.duplicates.parquet": (kind, partition)
+        for kind in kinds
+        for partition in range(job.partitions)
+    }
+    ray.get([_compare.remote(job, name, *wanted[name], names) for name in wanted if name not in there])
+    return replace(job, duplicates=tuple(wanted))
+
+
+def _run_units(job: Job, parts: list[Slice], finished: Mapping[str, Tally], task: Task, label: str) -> dict[str, Tally]:
+    """Run a task on every unit that is not finished; return the tally of each unit, in the order of their names."""
+    tallies = dict(finished)
+    pieces = _read_streams(job, parts)
     rows, expected = [], set()
     for part in parts:
-        pieces = streams.get(part.name) if part.is_stream else None
-        names = {part.name} if not part.is_stream else {_piece_name(part, piece) for piece in range(pieces or 0)}
+        names = (
+            {_piece_name(part, piece) for piece in range(pieces.get(part.name, 0))} if part.is_stream else {part.name}
+        )
         expected |= names
-        if not names <= tallies.keys() or (part.is_stream and pieces is None):
+        if not names <= tallies.keys() or (part.is_stream and part.name not in pieces):
             rows.append({"slice": json.dumps(asdict(part))})
-    done = sorted(tallies.keys() & expected) if not any(part.is_stream for part in parts) else sorted(tallies)
-    progress = Progress(sum(part.text_bytes for part in parts), [tallies[name] for name in done])
+    streams = {part.name for part in parts if part.is_stream}
+    kept = [tally for name, tally in tallies.items() if name in expected or name.rpartition("-")[0] in streams]
+    progress = Progress(label, sum(part.text_bytes for part in parts), kept)
     if rows:
-        for row in _stream_results(job, parts, rows, frozenset(tallies)):
+        for row in _stream_results(job, bool(streams), rows, frozenset(tallies), task):
             if row["error"]:
                 raise ValueError(f"{row['error']} What is finished is kept: run again to go on.")
             expected.add(row["name"])
@@ -197,9 +226,9 @@ def _prepare_all(job: Job, parts: list[Slice], finished: Mapping[str, Tally]) ->
 
 
 def _stream_results(
-    job: Job, parts: list[Slice], rows: list[dict[str, Any]], done: frozenset[str]
+    job: Job, has_streams: bool, rows: list[dict[str, Any]], done: frozenset[str], task: Task
 ) -> Iterator[dict[str, Any]]:
-    """The Ray Data pipeline: slices, for streams cut into pieces, then one task for each."""
+    """The Ray Data pipeline: slices, where they are streams cut into pieces, then one task for each."""
     context = ray.data.DataContext.get_current().copy()
     # Ray's own bars and log lines would only bury the line that we print; what fails is told by us.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
@@ -208,23 +237,22 @@ def _stream_results(
     context.target_max_block_size = 2**20  # so that each piece of a stream is a block, and so a task, of its own
     with ray.data.DataContext.current(context):
         dataset: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-        if any(part.is_stream for part in parts):
+        if has_streams:
             # Without a CPU of its own, or two CPUs would have one to tokenize with while the other reads.
             cut = partial(_cut, job=job, done=done)
             dataset = dataset.map_batches(cut, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(2))
         pool = ray.data.TaskPoolStrategy(job.settings.workers or None)
-        dataset = dataset.map_batches(partial(_prepare, job=job), batch_size=1, num_cpus=1, compute=pool)
+        dataset = dataset.map_batches(partial(_work, job=job, task=task), batch_size=1, num_cpus=1, compute=pool)
         yield from dataset.iter_rows()
 
 
-def _read_records(job: Job) -> dict[str, Tally]:
-    """Find what an earlier run finished: records whose files are all there, with one listing."""
-    there = job.output.list_files()
-    names = [name for name in there if name.startswith("work/") and name.endswith(".unit.json")]
+def _read_records(job: Job, there: Mapping[str, int], ending: str) -> dict[str, Tally]:
+    """Find what an earlier run finished: the records whose files are all there, going by one listing."""
+    names = [name for name in there if name.startswith("work/") and name.endswith(ending)]
     with ThreadPoolExecutor(max_workers=16) as pool:
         tallies = [Tally.from_json(content) for content in pool.map(job.output.read_bytes, names)]
     return {
-        posixpath.basename(name).removesuffix(".unit.json"): tally
+        posixpath.basename(name).removesuffix(ending): tally
         for name, tally in zip(names, tallies, strict=True)
         if all(there.get(file) == record.bytes for file, record in tally.files.items())
     }
@@ -262,6 +290,22 @@ def _merge_val(job: Job, tallies: Mapping[str, Tally]) -> dict[str, FileRecord]:
     return dict(merged)
 
 
+def _clear_work(job: Job, written: set[str], tallies: Mapping[str, Tally], kept: Mapping[str, FileRecord]) -> None:
+    """Delete what only a stopped run would need, without another listing."""
+    filesystem = job.output.filesystem
+    records = {f"work/{name}{ending}" for name in tallies for ending in (UNIT, SIGNED)}
+    stale = sorted((written | records) - kept.keys() - {MANIFEST})
+    if not isinstance(filesystem, LocalFileSystem):
+        with ThreadPoolExecutor(max_workers=16) as pool:
+            list(pool.map(filesystem.rm_file, map(job.output.file, stale)))
+        return
+    for name in stale:
+        Path(job.output.file(name)).unlink(missing_ok=True)
+    for leftover in Path(job.output.path).rglob(".tmp-*"):  # of writers that were killed
+        leftover.unlink(missing_ok=True)
+    shutil.rmtree(posixpath.join(job.output.path, "work"), ignore_errors=True)
+
+
 def _first(files: Iterable[str], prefix: str) -> str:
     return min(name for name in files if name.startswith(prefix))
 
@@ -269,7 +313,8 @@ def _first(files: Iterable[str], prefix: str) -> str:
 class Progress:
     """One line that a person can read: rewritten on a terminal, else printed every ten seconds."""
 
-    def __init__(self, total_bytes: float, finished: Iterable[Tally]) -> None:
+    def __init__(self, label: str, total_bytes: float, finished: Iterable[Tally]) -> None:
+        self._label = label
         self._total_bytes = total_bytes
         self._sum = Tally()
         for tally in finished:
@@ -279,7 +324,7 @@ class Progress:
         self._printed = 0.0
         self._is_terminal = sys.stderr.isatty()
         if self._bytes_before:
-            print(f"prepare   {self._bytes_before / 1e6:,.0f} MB are done already", file=sys.stderr, flush=True)
+            print(f"{self._label:<9} {self._bytes_before / 1e6:,.0f} MB are done already", file=sys.stderr, flush=True)
 
     def add(self, tally: Tally) -> None:
         self._sum.add(tally)
@@ -295,7 +340,7 @@ class Progress:
         speed = (self._sum.source_bytes - self._bytes_before) / max(seconds, 1e-9)
         left = max(self._total_bytes - self._sum.source_bytes, 0) / speed if speed and end != "\n" else 0
         print(
-            f"prepare   {self._sum.documents:,} documents, {self._sum.source_bytes / 1e6:,.0f} MB"
+            f"{self._label:<9} {self._sum.documents:,} documents, {self._sum.source_bytes / 1e6:,.0f} MB"
             f" of about {max(self._total_bytes, self._sum.source_bytes) / 1e6:,.0f}, {speed / 1e6:.1f} MB/s,"
             f" {self._sum.tokens:,} tokens, {left:,.0f} s left   ",
             end=end,
@@ -333,15 +378,15 @@ def _unit(part: Slice, name: str, payload: bytes = b"", *, is_done: bool = False
     }
 
 
-def _prepare(batch: Any, job: Job) -> dict[str, Any]:
-    """Turn one slice, or one piece of a stream, into its shards and their record."""
+def _work(batch: Any, job: Job, task: Task) -> dict[str, Any]:
+    """Do one slice, or one piece of a stream."""
     part = Slice(**_slice_of(batch["slice"][0]))
     name = str(batch["name"][0]) if "name" in batch else part.name
     error = str(batch["error"][0]) if "error" in batch else ""
     tally = ""
     if not error and not ("is_done" in batch and batch["is_done"][0]):
         try:
-            tally = prepare_unit(job, part, name, _unpack(batch["payload"][0]) if part.is_stream else None)
+            tally = task(job, part, name, _unpack(batch["payload"][0]) if part.is_stream else None)
         except FAILURES as failure:
             error = _sentence(failure)
     return {"name": np.array([name]), "tally": np.array([tally]), "error": np.array([error])}
@@ -353,17 +398,12 @@ def prepare_unit(job: Job, part: Slice, name: str, payload: list[bytes] | None =
     tally = Tally(val_below=job.val_below)
     train = ShardWriter(job.output, f"train/{name}-{{:03d}}.parquet", tokenizer, job.settings.shard_tokens * 3 // 2)
     val = ShardWriter(job.output, f"work/{name}.val.parquet", tokenizer)
-    doomed = cleaning.load_duplicates(job.output, job.duplicates, name) if job.duplicates else {}
-    for index, (text, note) in enumerate(read(part, job.source, payload)):
-        if text is None:
-            tally.dropped[note] += 1
+    doomed = _read_duplicates(job, name)
+    for position, text, note in _clean_documents(job, part, payload, tally):
+        if position in doomed:
+            tally.dropped[doomed[position]] += 1
             continue
         content = text.encode()
-        tally.source_bytes += len(content)
-        reason = EMPTY if not text.strip() else cleaning.reason_to_drop(text, job.settings) or doomed.get(index, "")
-        if reason:
-            tally.dropped[reason] += 1
-            continue
         tally.replaced += note == REPLACED
         ids = tokenizer.encode(text)
         score = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
@@ -378,8 +418,71 @@ def prepare_unit(job: Job, part: Slice, name: str, payload: list[bytes] | None =
         tally.lengths[len(ids).bit_length()] += 1
     tally.files = train.close() | val.close()
     record = tally.to_json()
-    job.output.write_text(f"work/{name}.unit.json", record)
+    job.output.write_text(f"work/{name}{UNIT}", record)
     return record
+
+
+def sign_unit(job: Job, part: Slice, name: str, payload: list[bytes] | None = None) -> str:
+    """Write the hashes that duplicates are found by, for one unit of work; return its record."""
+    tally = Tally()
+    documents = ((position, text) for position, text, _ in _clean_documents(job, part, payload, tally))
+    for kind, content in cleaning.sign_documents(documents, job.settings, job.partitions):
+        tally.files[_hashes(name, kind)] = job.output.write_bytes(_hashes(name, kind), content)
+    record = tally.to_json()
+    job.output.write_text(f"work/{name}{SIGNED}", record)
+    return record
+
+
+def _clean_documents(
+    job: Job, part: Slice, payload: list[bytes] | None, tally: Tally
+) -> Iterator[tuple[int, str, str]]:
+    """Yield (position, text, note) of the documents that no rule drops by themselves; count the others."""
+    for position, (text, note) in enumerate(read(part, job.source, payload)):
+        if text is None:
+            tally.dropped[note] += 1
+            continue
+        tally.source_bytes += len(text) if text.isascii() else len(text.encode())
+        reason = EMPTY if not text.strip() else cleaning.reason_to_drop(text, job.settings)
+        if reason:
+            tally.dropped[reason] += 1
+        else:
+            yield position, text, note
+
+
+@ray.remote(num_cpus=1)
+def _compare(job: Job, name: str, kind: str, partition: int, units: list[str]) -> None:
+    """Find the duplicates of one partition of the hashes, and write them down by unit."""
+
+    def open_units() -> Iterator[IO[bytes]]:
+        for unit in units:
+            with job.output.filesystem.open(job.output.file(_hashes(unit, kind)), "rb") as handle:
+                yield handle
+
+    found = cleaning.find_duplicates(kind, partition, open_units(), job.settings.near_duplicate_similarity)
+    rows = [(units[unit], position) for unit in sorted(found) for position in sorted(found[unit])]
+    columns = {
+        "unit": pa.array([unit for unit, _ in rows], pa.string()),
+        "position": [position for _, position in rows],
+    }
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink, row_group_size=10_000)  # so that a unit's reader skips most of them
+    job.output.write_bytes(name, sink.getvalue())
+
+
+def _read_duplicates(job: Job, unit: str) -> dict[int, str]:
+    """Return which documents of a unit to drop as duplicates, and as which kind: position -> reason."""
+    reasons: dict[int, str] = {}
+    for name in job.duplicates:
+        with job.output.filesystem.open(job.output.file(name), "rb") as handle:
+            table = pq.read_table(handle, columns=["position"], filters=[("unit", "==", unit)])
+        kind = posixpath.basename(name).rpartition("-")[0]
+        for position in table.column("position").to_pylist():
+            reasons.setdefault(position, kind)
+    return reasons
+
+
+def _hashes(unit: str, kind: str) -> str:
+    return f"work/{unit}.{kind}.hashes.parquet"
 
 
 class ShardWriter:

@@ -139,7 +139,8 @@ def _list(path: str) -> list[File]:
     for name, entry in entries.items():
         version = str(entry.get("ETag") or entry.get("blob_id") or entry.get("mtime") or "")
         file = File(prefix + (name if prefix else str(Path(name).resolve())), int(entry.get("size") or 0), version)
-        hidden = any(part.startswith((".", "_")) for part in name[len(root) :].split("/") if part)
+        below = name.removeprefix(root) if name.startswith(root) else Path(name).name  # a path given by name is meant
+        hidden = any(part.startswith((".", "_")) for part in below.split("/"))
         if entry["type"] == "file" and file.format and not hidden:
             files.append(file)
     return files
@@ -453,6 +454,8 @@ def _members(stream: IO[bytes]) -> Iterator[bytes]:
                 handle = archive.extractfile(member)
                 assert handle is not None
                 yield handle.read()
+    while stream.read(2**20):  # to the end, where compression keeps its checksums
+        pass
 
 
 def _parse_tar(stream: IO[bytes], source: SourceConfig, where: str) -> Iterator[Document]:

@@ -5,13 +5,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
-
 Curve = Sequence[Sequence[float]]  # points of (step, nats per token)
 
 
 def draw_loss(training: Curve, validation: Curve, *, title: str, bytes_per_token: float) -> bytes:
     """Return a PNG; the right-hand axis reads the same curves in bits per byte."""
+    from matplotlib.figure import Figure  # slow to import, and of many workers one needs it
+
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     marker = "o" if len(validation) <= 60 else ""

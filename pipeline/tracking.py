@@ -18,10 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import mlflow
-from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
-
 from pipeline.artifacts import Artifact, resolve_storage
 from pipeline.config import Config
 
@@ -38,6 +34,9 @@ def connect(config: Config) -> str:
     The store is MLFLOW_TRACKING_URI, else an SQLite file under the storage root. The driver calls this before
     any worker starts: several processes that open a fresh SQLite store at once break it for good.
     """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     artifact_root = None
     if not uri:
@@ -93,6 +92,10 @@ def open_run(
 
     A new run gets its parameters, git commit and data digests here; a resumed one has them already.
     """
+    import mlflow
+    from mlflow.entities import Dataset, DatasetInput, Param
+    from mlflow.exceptions import MlflowException
+
     client = mlflow.MlflowClient()
     if run_id is not None:
         try:
@@ -121,6 +124,16 @@ def open_run(
         ],
     )
     return str(run.info.run_id)
+
+
+def close_run(run_id: str, status: str) -> None:
+    """Say in MLflow how the run ended; a server that is away does not change how it ended."""
+    import mlflow
+
+    try:
+        mlflow.MlflowClient().set_terminated(run_id, status)
+    except Exception as error:
+        logger.warning("MLflow was not told that the run is %s: %s", status, first_line(error))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -163,6 +176,8 @@ class Tracker:
     def __init__(
         self, uri: str, run_id: str, *, unsent: Sequence[Mapping[str, Any]] = (), resumed: bool = False
     ) -> None:
+        import mlflow
+
         fail_soon()
         self._client = mlflow.MlflowClient(tracking_uri=uri)
         self._run_id = run_id
@@ -243,14 +258,11 @@ class Tracker:
                 if self._warned:
                     logger.warning("MLflow answers again; everything logged meanwhile is being sent.")
                     self._warned = False
-            except MlflowException as error:
-                if error.error_code != "INVALID_PARAMETER_VALUE":
+            except Exception as error:  # whatever the network does, training goes on
+                if getattr(error, "error_code", "") != "INVALID_PARAMETER_VALUE":
                     wait = self._back_off(error, drawings, wait)
                     continue
                 logger.warning("MLflow refused a record, it is dropped: %s", first_line(error))
-            except Exception as error:  # whatever the network does, training goes on
-                wait = self._back_off(error, drawings, wait)
-                continue
             with self._changed:
                 del self._records[: len(batch)]
                 self._busy = False
@@ -267,19 +279,23 @@ class Tracker:
         return batch
 
     def _send(self, batch: Sequence[Mapping[str, Any]]) -> None:
-        metrics, tags = [], {}
+        from mlflow.entities import Metric, RunTag
+
+        metrics: dict[tuple[str, int], Metric] = {}
+        tags: dict[str, str] = {}
         for record in batch:
             for name, value in record.get("metrics", {}).items():
-                known = self._steps_of(name)
-                if record["step"] not in known:
-                    metrics.append(Metric(name, value, record["time"], record["step"]))
+                if record["step"] not in self._steps_of(name):
+                    metrics.setdefault((name, record["step"]), Metric(name, value, record["time"], record["step"]))
             tags.update(record.get("tags", {}))
         if metrics or tags:
             self._client.log_batch(
-                self._run_id, metrics=metrics, tags=[RunTag(name, str(value)) for name, value in tags.items()]
+                self._run_id,
+                metrics=[*metrics.values()],
+                tags=[RunTag(name, str(value)) for name, value in tags.items()],
             )
-        for metric in metrics:
-            self._known_steps[metric.key].add(metric.step)
+        for name, step in metrics:
+            self._known_steps[name].add(step)
         for record in batch:
             if "text" in record:
                 self._send_file(record["path"], record["text"].encode())

@@ -28,7 +28,7 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 from safetensors.torch import load_file
@@ -59,6 +59,7 @@ from pipeline import tracking
 from pipeline.artifacts import Artifact, FileRecord, Manifest
 from pipeline.checkpoints import BackgroundWriter, CheckpointStore
 from pipeline.config import Config, result_settings, to_yaml
+from pipeline.driver_line import FailureNotes, Line
 from pipeline.goodput import TimeSplit, memory_metrics, peak_flops, weight_norm
 from pipeline.loss_plot import draw_loss
 from pipeline.metrics import TrainingGauges
@@ -132,8 +133,15 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
             callbacks=[FailureNotes(line)],  # type: ignore[list-item]
         ),
     )
-    result = attend(trainer, line)
-    return finish(config, inputs, output, job, result)
+    try:
+        result = attend(trainer, line)
+        manifest = finish(config, inputs, output, job, result)
+    except BaseException as error:
+        stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
+        tracking.close_run(job.mlflow_run_id, "KILLED" if stopped else "FAILED")
+        raise
+    tracking.close_run(job.mlflow_run_id, "FINISHED")
+    return manifest
 
 
 def check_inputs(config: Config, inputs: Mapping[str, Artifact]) -> float:
@@ -229,55 +237,6 @@ def worker_resources(config: Config, use_gpu: bool) -> dict[str, float]:
     return {"CPU": cpus, "GPU": 1.0} if use_gpu else {"CPU": cpus}
 
 
-class Line:
-    """The line between driver and workers: what to print one way, the wish to stop the other way."""
-
-    def __init__(self) -> None:
-        self._words: list[str] = []
-        self._failures: list[str] = []
-        self._fatal: str | None = None
-        self._stopping = False
-
-    def say(self, text: str) -> None:
-        self._words.append(text)
-
-    def listen(self) -> list[str]:
-        words, self._words = self._words, []
-        return words
-
-    def stop(self) -> None:
-        self._stopping = True
-
-    def is_stopping(self) -> bool:
-        return self._stopping
-
-    def note_failure(self, reason: str) -> None:
-        self._failures.append(reason)
-        self._words.append(f"a worker failed ({reason}); going on from the last checkpoint")
-
-    def failures(self) -> list[str]:
-        return self._failures
-
-    def give_up(self, sentence: str) -> None:
-        """Say what no restart would mend."""
-        self._fatal = self._fatal or sentence
-
-    def fatal(self) -> str | None:
-        return self._fatal
-
-
-class FailureNotes(UserCallback):
-    """Tells the driver, and the next workers, why the last ones died."""
-
-    def __init__(self, line: Any) -> None:
-        self._line = line
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        rank, error = min(worker_exceptions.items())
-        words = " ".join(str(error).split())[:300]
-        self._line.note_failure.remote(f"rank {rank}: {type(error).__name__}: {words}")
-
-
 def attend(trainer: TorchTrainer, line: Any) -> dict[str, Any]:
     """Run the trainer, print what the workers say, and turn SIGTERM and Ctrl-C into a checkpoint and a clean stop."""
     outcome: dict[str, Any] = {}
@@ -359,6 +318,8 @@ def finish(
         if not tracker.flush(timeout_seconds=60 * config.train.mlflow_patience_minutes):
             output.write_text("unsent.json", json.dumps(tracker.unsent()))
             print(f"MLflow did not answer; what it has not taken lies in {output.url}/unsent.json", flush=True)
+    if output.exists("ray"):
+        output.filesystem.rm(output.file("ray"), recursive=True)  # Ray Train's own notes; it needs them no more
     return output.commit(
         format_version=FORMAT_VERSION,
         settings=settings(config),
@@ -412,9 +373,8 @@ class Progress:
             self.training, self.validation, title=f"{config.name}, step {self.step:,}", bytes_per_token=bytes_per_token
         )
 
-    def note_restart(self, workers: int, failures: list[str]) -> None:
+    def note_restart(self, workers: int, why: str) -> None:
         """Keep a record of going on from this checkpoint, and of what ended the work before."""
-        why = failures[-1] if failures else "started again or resized"
         self.restarts.append({"step": self.step, "workers": workers, "time": round(time.time()), "why": why})
 
 
@@ -432,8 +392,6 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     config, options, line = job.config, job.config.train, job.line
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    if ray.get(line.fatal.remote()) is not None:
-        return {}  # a restart would not mend what stopped the workers before these
     device = ray.train.torch.get_device()
     precision = choose_precision(options.precision, device)
     set_threads(options.threads_per_worker, context.get_local_world_size())
@@ -448,6 +406,8 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     # model: as it was in the newest whole checkpoint, or as the seed makes it
     torch.manual_seed(config.seed)
     model = GPT(config.model, tokenizer.vocab_size)
+    if rank == 0:
+        store.remove_unfinished()
     newest = agreement.from_rank_0(lambda: store.newest(scratch))
     resumed = None if newest is None else store.fetch(newest, scratch / newest)
     if resumed is not None:
@@ -464,7 +424,11 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     if resumed is not None:
         optimizer.load_state_dict(load_training_state(resumed)["optimizer"])
         progress = Progress.load(resumed)
-        progress.note_restart(world_size, ray.get(line.failures.remote()))
+    why = agreement.from_rank_0(lambda: ray.get(line.begin.remote(progress.step)))
+    if ray.get(line.fatal.remote()) is not None:
+        return {}  # no restart would mend what stopped the workers before these
+    if resumed is not None:
+        progress.note_restart(world_size, why)
     clock = TimeSplit(progress.seconds, progress.saved or job.started, "restart" if resumed else "startup")
     report = Report(job, progress, clock, model, world_size, precision) if rank == 0 else None
     writer = BackgroundWriter()
@@ -776,7 +740,7 @@ class Report:
             "speed/tokens_per_second": tokens_per_second,
             "speed/mfu": tokens_per_second * self._model.flops_per_token() / self._peak_flops,
             **{f"learning_rate/{group}": rate for group, rate in rates.items()},
-            **self._time_metrics(),
+            **({} if step == self._options.steps else self._time_metrics()),  # `finish` logs the last ones
             **memory_metrics(),
         }
         if math.isfinite(loss):

@@ -1,0 +1,69 @@
+"""The line between the driver of a training and its workers; light to import, for the processes that only hold it."""
+
+from typing import Any
+
+from ray.train import UserCallback
+
+MOST_FAILED_STARTS = 5  # from one checkpoint
+
+
+class Line:
+    """The line between driver and workers: what to print one way, the wish to stop the other way."""
+
+    def __init__(self) -> None:
+        self._words: list[str] = []
+        self._failures: list[str] = []
+        self._failed_starts: list[int] = []  # the step of each start since one got further than the one before
+        self._fatal: str | None = None
+        self._stopping = False
+
+    def say(self, text: str) -> None:
+        self._words.append(text)
+
+    def listen(self) -> list[str]:
+        words, self._words = self._words, []
+        return words
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    def is_stopping(self) -> bool:
+        return self._stopping
+
+    def note_failure(self, reason: str) -> None:
+        self._failures.append(reason)
+        self._words.append(f"a worker failed ({reason}); going on from the last checkpoint")
+
+    def begin(self, step: int) -> str:
+        """Note from which step workers start; returns what ended the ones before them."""
+        if self._failed_starts and self._failed_starts[-1] != step:
+            self._failed_starts = []
+        if self._failures:
+            self._failed_starts.append(step)
+        if len(self._failed_starts) >= MOST_FAILED_STARTS:
+            self.give_up(
+                f"Training failed {MOST_FAILED_STARTS} times in a row after step {step}, and no start got as far as"
+                f" its next checkpoint. The last failure: {self._failures[-1]}"
+            )
+        why = self._failures[-1] if self._failures else "started again, or resized"
+        self._failures = []
+        return why
+
+    def give_up(self, sentence: str) -> None:
+        """Say what no restart would mend."""
+        self._fatal = self._fatal or sentence
+
+    def fatal(self) -> str | None:
+        return self._fatal
+
+
+class FailureNotes(UserCallback):
+    """Tells the driver, and the next workers, why the last ones died."""
+
+    def __init__(self, line: Any) -> None:
+        self._line = line
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        rank, error = min(worker_exceptions.items())
+        words = " ".join(str(error).split())[:300]
+        self._line.note_failure.remote(f"rank {rank}: {type(error).__name__}: {words}")

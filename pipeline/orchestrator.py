@@ -120,7 +120,7 @@ def describe_results(manifests: Mapping[str, Manifest]) -> str:
     lines = []
     if "prepare" in counts:
         split = counts["prepare"]["train"]
-        lines.append(f"shards         {split['documents']:,} documents, {split['tokens']:,} tokens to train on")
+        lines.append(f"text           {split['documents']:,} documents, {split['tokens']:,} tokens to train on")
     if "train" in counts:
         lines.append(f"training       {counts['train']['steps']:,} steps, {counts['train']['tokens']:,} tokens")
     if "evaluate" in counts:

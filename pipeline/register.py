@@ -4,6 +4,7 @@ python -m jobs.register jobs/presets/demo.yaml
 """
 
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,9 @@ def log_version(
     with tempfile.TemporaryDirectory() as folder:
         records = {key: record for key, record in trained.files.items() if key.startswith("checkpoint/")}
         checkpoint = train.download(Path(folder), records) / "checkpoint"
-        with mlflow.start_run(run_id=trained.counts["mlflow_run_id"]):
+        with mlflow.start_run(run_id=trained.counts["mlflow_run_id"]), warnings.catch_warnings():
+            # MLflow would like type hints and an example, which its "models from code" needs no more than we do.
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"mlflow\.")
             logged = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(Path(__file__).with_name("completion.py")),

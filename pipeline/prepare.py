@@ -42,6 +42,12 @@ ROW_GROUP_TOKENS = 1_000_000
 BYTES_PER_TOKEN = 4.2  # of English with a large vocabulary: how much text fills one shard
 SPLITS = ("train", "val")
 EMPTY = "empty"
+DATA_SETTINGS = {
+    # Ray's own bars and log lines would only bury the line that we print; what fails is told by us.
+    "enable_progress_bars": False,
+    "print_on_execution_start": False,
+    "target_max_block_size": 2**20,  # so that each piece of a stream is a block, and so a task, of its own
+}
 UNIT, SIGNED = ".unit.json", ".signed.json"  # the records of a finished unit, by what was done
 PARTITION_BYTES = 10**9  # text whose hashes one task compares in memory: for near duplicates about half as much again
 
@@ -229,21 +235,24 @@ def _stream_results(
     job: Job, has_streams: bool, rows: list[dict[str, Any]], done: frozenset[str], task: Task
 ) -> Iterator[dict[str, Any]]:
     """The Ray Data pipeline: slices, where they are streams cut into pieces, then one task for each."""
-    context = ray.data.DataContext.get_current().copy()
-    # Ray's own bars and log lines would only bury the line that we print; what fails is told by us.
+    context = ray.data.DataContext.get_current()
+    before = {name: getattr(context, name) for name in DATA_SETTINGS}
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.target_max_block_size = 2**20  # so that each piece of a stream is a block, and so a task, of its own
-    with ray.data.DataContext.current(context):
+    try:
+        for name, value in DATA_SETTINGS.items():
+            setattr(context, name, value)
         dataset: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
         if has_streams:
             # Without a CPU of its own, or two CPUs would have one to tokenize with while the other reads.
             cut = partial(_cut, job=job, done=done)
-            dataset = dataset.map_batches(cut, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(2))
+            readers = ray.data.TaskPoolStrategy(min(2, len(rows)))
+            dataset = dataset.map_batches(cut, batch_size=1, num_cpus=0, compute=readers)
         pool = ray.data.TaskPoolStrategy(job.settings.workers or None)
         dataset = dataset.map_batches(partial(_work, job=job, task=task), batch_size=1, num_cpus=1, compute=pool)
         yield from dataset.iter_rows()
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)
 
 
 def _read_records(job: Job, there: Mapping[str, int], ending: str) -> dict[str, Tally]:

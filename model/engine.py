@@ -318,6 +318,9 @@ class Engine:
         chunks: list[Chunk] = []
         for task in answer.tasks:
             if task.finish_reason is None:
+                if reason == "error":
+                    for slot in task.slots:
+                        self.runner.clear(slot)
                 self._release(task)
                 if isinstance(task, Sequence) and not answer.ranks:
                     task.finish(reason)

@@ -217,6 +217,9 @@ class KernelRunner:
         self.keys[:, target, :, :panels] = self.keys[:, source, :, :panels]
         self.values[:, target, :, :, :num_tokens] = self.values[:, source, :, :, :num_tokens]
 
+    def clear(self, slot: int) -> None:
+        """Nothing to do: a row reads no position behind its own, and those it reads are its text's."""
+
     def weight_bytes(self) -> int:
         return self._weight_bytes
 

@@ -30,6 +30,9 @@ class Runner(Protocol):
     def copy(self, source: int, target: int, num_tokens: int) -> None:
         """Make the first tokens of one slot those of another too."""
 
+    def clear(self, slot: int) -> None:
+        """Forget what a slot holds, after a failure: masked or not, a NaN spreads."""
+
     def weight_bytes(self) -> int:
         """Return the memory that the weights take."""
 
@@ -118,6 +121,11 @@ class TorchRunner:
     def copy(self, source: int, target: int, num_tokens: int) -> None:
         for stored in (self.cache.keys, self.cache.values):
             stored[:, target, :, :num_tokens] = stored[:, source, :, :num_tokens]
+
+    @torch.inference_mode()
+    def clear(self, slot: int) -> None:
+        self.cache.keys[:, slot] = 0
+        self.cache.values[:, slot] = 0
 
     def weight_bytes(self) -> int:
         tensors = [*self.model.parameters(), *self.model.buffers()]

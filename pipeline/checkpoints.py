@@ -58,11 +58,12 @@ class CheckpointStore:
             if manifest is not None:
                 yield name, manifest
 
-    def newest(self, folder: Path) -> tuple[str, Path] | None:
-        """Find the newest checkpoint whose every file has its digest; returns its name and a local copy of it."""
+    def newest(self, folder: Path) -> str | None:
+        """Name the newest checkpoint whose every file has its digest; what has to be copied for that goes to `folder`."""
         for name, _ in self.whole():
             try:
-                return name, self.fetch(name, folder / name)
+                self.fetch(name, folder / name)
+                return name
             except ValueError as error:
                 logger.warning("Checkpoint %s is passed over, the one before it is used: %s", name, error)
         return None

@@ -306,10 +306,8 @@ def finish(
         checkpoint = store.fetch(best, Path(folder) / best)
         for name in EXPORTED:
             files[f"checkpoint/{name}"] = output.write_bytes(f"checkpoint/{name}", (checkpoint / name).read_bytes())
-        with tempfile.TemporaryDirectory() as newest_folder:
-            newest = store.newest(Path(newest_folder))
-            assert newest is not None
-            progress = Progress.load(newest[1])
+        last = next(name for name, _ in store.whole())
+        progress = Progress.load(store.fetch(last, Path(folder) / last))
     picture = progress.draw(config, job.bytes_per_token)
     files["loss.png"] = output.write_bytes("loss.png", picture)
     files["config.yaml"] = output.write_text("config.yaml", to_yaml(config))

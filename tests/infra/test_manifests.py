@@ -1,0 +1,283 @@
+"""What infra/ names must be there: modules, presets, settings, variables, versions, files."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.infra.manifests import INFRA, OVERLAYS, ROOT, build, containers, load, pod_templates
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())
+DOCKERFILE = (INFRA / "images/Dockerfile").read_text()
+TEXTS = sorted(path for path in INFRA.rglob("*") if path.is_file() and path.suffix != ".pyc")
+# Read by the programs of images that are not ours.
+FOREIGN_PREFIXES = ("POSTGRES_", "PGDATA", "PGPASSWORD", "MINIO_ROOT_", "MC_HOST_", "GF_", "PYTHON")
+
+
+def all_manifests() -> list[Any]:
+    paths = [path for path in INFRA.rglob("*.yaml") if "overlays/gpu" not in str(path)]
+    return [document for path in paths for document in load(path)] + [build(overlay) for overlay in OVERLAYS]
+
+
+# ---------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(INFRA)))
+def test_every_module_and_preset_it_names_exists(path: Path) -> None:
+    text = path.read_text()
+    for module in re.findall(r"\bjobs\.[a-z_]+", text):
+        assert importlib.util.find_spec(module), module
+    for preset in re.findall(r"\bjobs/presets/[\w.-]+\.yaml", text):
+        assert (ROOT / preset).is_file(), preset
+    for preset in re.findall(r"\bPRESET=([\w.-]+)", text):
+        assert (ROOT / f"jobs/presets/{preset}.yaml").is_file(), preset
+    for file in re.findall(r"\binfra/[\w./-]+\w", text):
+        assert (ROOT / file).exists() or file == "infra/.env", file
+    for target in re.findall(r"\bmake ([a-z][a-z-]+)", text):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"make {target}"
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(INFRA)))
+def test_every_setting_it_names_exists(path: Path) -> None:
+    from pipeline.config import describe_settings
+
+    known = {key for key, _, _ in describe_settings()}
+    sections = {key.partition(".")[0] for key in known if "." in key}
+    for section, name in re.findall(r"\b([a-z]+)\.([a-z_]+)\b(?=\s*[=:]\s*\S)", path.read_text()):
+        if section in sections:
+            assert f"{section}.{name}" in known, f"{section}.{name}"
+
+
+def test_every_variable_it_sets_is_read_by_something() -> None:
+    names = {name for each in all_manifests() for name in _variables(each)}
+    names |= set(re.findall(r"--env ([A-Z_]+)=", (INFRA / "aws/cluster.yaml").read_text()))
+    names |= set(re.findall(r"^(?:ENV )?\s+([A-Z_]+)=", DOCKERFILE, re.MULTILINE))
+    code = "\n".join(path.read_text() for room in ("jobs", "pipeline", "model") for path in (ROOT / room).glob("*.py"))
+    manifests = "\n".join(path.read_text() for path in TEXTS)
+    assert {"MLFLOW_TRACKING_URI", "STORAGE", "RAY_AUTH_MODE"} <= names
+    for name in sorted(names):
+        if name.startswith(FOREIGN_PREFIXES):
+            continue
+        used = f"${name}" in manifests or f"$({name})" in manifests or "${" + name in manifests
+        assert used or re.search(rf"\b{name}\b", code) or _is_known_to_a_package(name), name
+
+
+def _variables(node: Any) -> list[str]:
+    if isinstance(node, list):
+        return [name for each in node for name in _variables(each)]
+    if not isinstance(node, dict):
+        return []
+    found = [each["name"] for each in node.get("env", []) if isinstance(node.get("env"), list)]
+    if isinstance(node.get("environment"), dict):
+        found += node["environment"]
+    if node.get("kind") == "ConfigMap":
+        found += node["data"]
+    return found + [name for value in node.values() for name in _variables(value)]
+
+
+def _is_known_to_a_package(name: str) -> bool:
+    if name.startswith("MLFLOW_"):
+        from mlflow import environment_variables
+
+        return hasattr(environment_variables, name)
+    if name.startswith("AWS_"):
+        from botocore.configprovider import BOTOCORE_DEFAUT_SESSION_VARIABLES as VARIABLES
+
+        read = [entry[1] for entry in VARIABLES.values() if entry[1]]
+        return name in [*read, "AWS_REGION"] or any(name in each for each in read if isinstance(each, list))
+    if name.startswith("RAY_AUTH_"):
+        from ray._private import authentication_test_utils
+
+        return name in authentication_test_utils._AUTH_ENV_VARS
+    if name == "RAY_USAGE_STATS_ENABLED":
+        from ray._private.usage import usage_constants
+
+        return name == usage_constants.USAGE_STATS_ENABLED_ENV_VAR
+    return False
+
+
+# ---------------------------------------------------------------------------------------------- versions
+
+
+def test_versions_are_those_of_the_constraints_file() -> None:
+    for overlay in OVERLAYS:
+        for text in re.findall(r'"rayVersion": "([^"]+)"', json.dumps(build(overlay))):
+            assert text == PINS["ray"]
+    images = {container["image"] for overlay in OVERLAYS for each in build(overlay) for container in containers(each)}
+    images |= {service["image"] for service in COMPOSE["services"].values()}
+    images.add(yaml.safe_load((INFRA / "aws/cluster.yaml").read_text())["docker"]["image"])
+    ours = {image for image in images if "gpt-53m" in image}
+    assert {image.rpartition(":")[2] for image in ours} == {f"{PROJECT['version']}-cpu", f"{PROJECT['version']}-gpu"}
+    for image in images - ours:
+        assert re.search(r":v?[\w.-]*\d+\.\d+|:RELEASE\.", image), f"{image} needs a fixed version"
+    assert re.findall(r"postgres:[\w.-]+", json.dumps(build("cpu")))[0] == COMPOSE["services"]["postgres"]["image"]
+
+
+def test_the_image_installs_what_the_constraints_file_pins() -> None:
+    installs = [line for line in re.sub(r"\\\n", " ", DOCKERFILE).splitlines() if "pip install" in line]
+    assert len(installs) == 3
+    assert all("--constraint constraints.txt" in line for line in installs)
+    for line in installs:
+        for package in re.findall(r"(?<=\s)(torch|psycopg2-binary)(?=\s|$)", line):
+            assert package in PINS, package
+    python = re.search(r"^ARG PYTHON=(\d+\.\d+)", DOCKERFILE, re.MULTILINE)
+    assert python is not None
+    assert PROJECT["requires-python"].startswith(f">={python[1]}"), "the oldest Python that is promised is what runs"
+
+
+# ---------------------------------------------------------------------------------------------- the image
+
+
+def test_the_image_runs_as_nobody_special_and_says_how_it_is() -> None:
+    for target in ("cpu", "gpu"):
+        stage = re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)
+        (own,) = [each for each in stage if re.match(rf"\S+ AS {target}\n", each)]
+        assert re.search(r"^USER 1000:1000$", own, re.MULTILINE)
+        assert "HEALTHCHECK" in own
+    assert "uid 1000" in DOCKERFILE
+
+
+def test_what_the_image_copies_exists_and_reaches_the_build() -> None:
+    ignored = (INFRA / "images/Dockerfile.dockerignore").read_text().split("\n")
+    assert "*" in ignored, "nothing goes to the build unless it is named"
+    for line in re.findall(r"^COPY (.*)$", DOCKERFILE, re.MULTILINE):
+        *sources, _ = [word for word in line.split() if not word.startswith("--")]
+        for source in sources:
+            assert (ROOT / source).exists(), source
+            assert f"!{source}" in ignored, source
+    rooms = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    assert {line[1:] for line in ignored if line.startswith("!")} == rooms | {"pyproject.toml", "constraints.txt"}
+
+
+# ---------------------------------------------------------------------------------------------- compose
+
+
+def test_compose_publishes_nothing_beyond_this_machine() -> None:
+    for name, service in COMPOSE["services"].items():
+        for port in service.get("ports", []):
+            assert port.startswith("127.0.0.1:"), f"{name}: {port}"
+        assert "network_mode" not in service
+        assert not service.get("privileged")
+
+
+def test_compose_names_services_volumes_and_files_that_exist() -> None:
+    services, volumes = COMPOSE["services"], COMPOSE["volumes"]
+    dockerfile_targets = set(re.findall(r" AS (\S+)$", DOCKERFILE, re.MULTILINE))
+    for name, service in services.items():
+        for dependency in service.get("depends_on", []):
+            assert dependency in services, f"{name} depends on {dependency}"
+            wanted = service["depends_on"]
+            if isinstance(wanted, dict) and wanted[dependency]["condition"] == "service_healthy":
+                own_image = services[dependency]["image"].startswith("gpt-53m")
+                assert "healthcheck" in services[dependency] or own_image, dependency
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            assert (INFRA / source).exists() if source.startswith(".") else source in volumes, volume
+        if "build" in service:
+            assert service["build"]["target"] in dockerfile_targets
+            assert (INFRA / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+
+
+def test_compose_has_no_secret_in_it_and_says_how_to_make_them() -> None:
+    text = (INFRA / "compose.yaml").read_text()
+    made = subprocess.run([INFRA / "make-secrets"], capture_output=True, text=True, check=True).stdout
+    secrets = dict(line.split("=", 1) for line in made.splitlines())
+    assert set(re.findall(r"\$\{(\w+)", text)) == set(secrets)
+    assert len(set(secrets.values())) == len(secrets)
+    assert all(len(value) >= 40 for value in secrets.values())
+    for service in COMPOSE["services"].values():
+        for name, value in service.get("environment", {}).items():
+            if any(word in name for word in ("PASSWORD", "SECRET", "TOKEN", "_KEY")):
+                assert value.startswith("${"), name
+
+
+def test_docker_accepts_the_compose_file() -> None:
+    docker = shutil.which("docker")
+    if docker is None or subprocess.run([docker, "compose", "version"], capture_output=True, check=False).returncode:
+        pytest.skip("docker compose is not installed")
+    secrets = subprocess.run([INFRA / "make-secrets"], capture_output=True, text=True, check=True).stdout
+    environment = os.environ | dict(line.split("=", 1) for line in secrets.splitlines())
+    command = [docker, "compose", "-f", str(INFRA / "compose.yaml"), "--profile", "gpu", "config", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------- ray start, ray up
+
+
+def _ray_start_commands() -> list[str]:
+    commands = [
+        shlex.join(service["command"])
+        for service in COMPOSE["services"].values()
+        if service.get("command", [""])[:2] == ["ray", "start"]
+    ]
+    aws = yaml.safe_load((INFRA / "aws/cluster.yaml").read_text())
+    for command in aws["head_start_ray_commands"] + aws["worker_start_ray_commands"]:
+        commands += list(re.findall(r"ray start .*", command))
+    for overlay in OVERLAYS:
+        for parameters in re.findall(r'"rayStartParams": (\{.*?\})', json.dumps(build(overlay))):
+            commands.append(
+                "ray start " + " ".join(f"--{key}={value}" for key, value in json.loads(parameters).items())
+            )
+    return commands
+
+
+def test_every_option_of_ray_start_exists() -> None:
+    from ray.scripts.scripts import start
+
+    known = {option for parameter in start.params for option in parameter.opts}
+    commands = _ray_start_commands()
+    assert len(commands) >= 5
+    for command in commands:
+        for option in re.findall(r"--[a-z][a-z-]*", command):
+            assert option in known, f"{option} in {command}"
+
+
+def test_every_option_of_mlflow_server_exists() -> None:
+    from mlflow.cli import server
+
+    known = {option for parameter in server.params for option in parameter.opts}
+    lists = [COMPOSE["services"]["mlflow"]["command"]]
+    lists += [container["command"] for each in build("cpu") for container in containers(each) if "command" in container]
+    assert len(lists) == 2
+    aws = yaml.safe_load((INFRA / "aws/cluster.yaml").read_text())["head_start_ray_commands"][0]
+    text = " ".join(word for words in lists for word in words) + aws
+    for option in re.findall(r"(?<=\s)--[a-z][a-z-]*", text):
+        assert option in known, option
+
+
+def test_ray_up_accepts_the_aws_file() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = prepare_config(yaml.safe_load((INFRA / "aws/cluster.yaml").read_text()))
+    validate_config(config)
+    for name, node in config["available_node_types"].items():
+        market = node["node_config"].get("InstanceMarketOptions", {}).get("MarketType")
+        assert market == (None if name == "head" else "spot"), name
+        assert node["node_config"]["MetadataOptions"]["HttpTokens"] == "required"
+        assert "IamInstanceProfile" in node["node_config"]
+    opened = config["provider"]["security_group"]["IpPermissions"]
+    assert [(rule["FromPort"], rule["ToPort"]) for rule in opened] == [(22, 22)]
+    text = (INFRA / "aws/cluster.yaml").read_text()
+    assert "0.0.0.0/0" not in text
+    assert not re.search(r"AKIA|aws_secret|SECRET_ACCESS_KEY", text)
+
+
+def test_every_pod_gives_ray_room_in_shared_memory_and_a_scratch_disk() -> None:
+    for overlay in OVERLAYS:
+        for resource in build(overlay):
+            if resource["kind"] in ("RayCluster", "RayService"):
+                for template in pod_templates(resource):
+                    mounts = {mount["mountPath"] for mount in template["spec"]["containers"][0]["volumeMounts"]}
+                    assert {"/tmp", "/dev/shm"} <= mounts

@@ -85,7 +85,7 @@ def test_echo_scores_the_prompt_exactly(http: httpx.Client, tiny_registry: TinyR
     tokens = tokenizer.encode("Return a new list of naïve 🌍").tolist()
     body = {"prompt": tokens, "echo": True, "logprobs": 1, "max_tokens": 0}
     answer = http.post("/v1/completions", json=body).json()
-    loaded, model = registry.load(registry.resolve("tiny", "1"), torch.device("cpu"))
+    _, model = registry.load(registry.resolve("tiny", "1"), torch.device("cpu"))
     with torch.inference_mode():
         expected = model(torch.tensor([tokens])).float().log_softmax(-1)[0, :-1]
     expected = expected.gather(-1, torch.tensor(tokens[1:])[:, None]).squeeze(-1).tolist()

@@ -59,7 +59,7 @@ class CheckpointStore:
                 yield name, manifest
 
     def newest(self, folder: Path) -> str | None:
-        """Name the newest checkpoint whose every file has its digest; what has to be copied for that goes to `folder`."""
+        """Name the newest checkpoint whose every file has its digest; what must be copied for that goes to `folder`."""
         for name, _ in self.whole():
             try:
                 self.fetch(name, folder / name)

@@ -1,6 +1,8 @@
 """A corpus, a tokenizer and a config so small that a training takes seconds; made without the stages before it."""
 
+import os
 import random
+import signal
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from typing import Any
 import mlflow
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray.train
 
 from model.tokenizer import Tokenizer, train_bpe
 from pipeline import train
@@ -142,3 +145,53 @@ def last_checkpoint(config: Config, output: Artifact) -> Manifest:
 def last_progress(config: Config, output: Artifact) -> train.Progress:
     name, _ = next(CheckpointStore(output, config.train.keep_checkpoints).whole())
     return train.Progress.load(Path(output.file(f"checkpoints/{name}")))
+
+
+def dying_worker(folder: Path, *deaths: tuple[int, int, str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The training worker, but rank r dies by kill -9 at step s, once: (r, s, where).
+
+    Where is `step` (before it), `accumulation` (after its first micro-batch) or `checkpoint` (the weights are
+    written, the rest is not). `poison` makes that step's loss NaN instead.
+    """
+
+    def worker(loop_config: dict[str, Any]) -> dict[str, Any]:
+        rank = ray.train.get_context().get_world_rank()
+        step_for_real, save_for_real = train.train_step, train.save_training_state
+
+        def happens(step: int, where: str) -> bool:
+            marker = folder / f"{rank}-{step}-{where}"
+            if (rank, step, where) not in deaths or marker.exists():
+                return False
+            marker.touch()
+            return True
+
+        def die(step: int, where: str) -> None:
+            if happens(step, where):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def accumulate(batches: Any, step: int) -> Any:
+            for number, batch in enumerate(batches):
+                if number == 1:
+                    die(step, "accumulation")
+                yield batch
+
+        def step_or_die(module: Any, optimizer: Any, batches: Any, *, step: int, **rest: Any) -> Any:
+            die(step, "step")
+            poisoned = happens(step, "poison")
+            weight = next(module.parameters()).data
+            before = weight.clone()
+            if poisoned:
+                weight.fill_(float("nan"))
+            measures = step_for_real(module, optimizer, accumulate(batches, step), step=step, **rest)
+            if poisoned:
+                weight.copy_(before)
+            return measures
+
+        def save_or_die(into: Path, state: Any) -> None:
+            die(int(into.name.split("-")[1]), "checkpoint")
+            save_for_real(into, state)
+
+        train.train_step, train.save_training_state = step_or_die, save_or_die  # type: ignore[assignment]
+        return train.train_worker(loop_config)
+
+    return worker

@@ -1,0 +1,293 @@
+"""Whatever is killed, and whenever: the run goes on by itself and ends with the same bits."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import boto3
+import mlflow
+import psutil
+import pytest
+from moto.server import ThreadedMotoServer
+
+from pipeline import train
+from tests.pipeline.test_tracking import free_port, mlflow_server
+from tests.pipeline.tiny_training import (
+    Training,
+    dying_worker,
+    last_checkpoint,
+    last_progress,
+    start_training,
+    tiny_config,
+    tiny_inputs,
+    tiny_output,
+)
+
+# Steps enough that a person's kill falls between them.
+LONG = ("train.steps=300", "train.evaluate_every_steps=100", "train.checkpoint_every_steps=20")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    return start_training(str(tmp_path_factory.mktemp("undisturbed")))
+
+
+def same_as(training: Training, other: Training) -> None:
+    """The same losses and weights, and one continuous curve in one MLflow run."""
+    assert training.losses() == other.losses()
+    assert training.weights_digest() == other.weights_digest()
+    steps = list(training.losses())
+    history = training.metric_history()
+    for name in ("train/loss", "speed/tokens_per_second", "time/restart_seconds"):
+        assert [metric.step for metric in history(name)] == steps, name
+    assert [metric.value for metric in history("train/loss")] == list(other.losses().values())
+    assert len(mlflow.search_runs(search_all_experiments=True)) == 1
+
+
+def killed(monkeypatch: pytest.MonkeyPatch, folder: Path, *deaths: tuple[int, int, str]) -> Training:
+    monkeypatch.setattr(train, "train_worker", dying_worker(folder, *deaths))
+    return start_training(str(folder / "storage"))
+
+
+def test_killed_rank(undisturbed: Training, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    training = killed(monkeypatch, tmp_path, (1, 6, "step"))
+    same_as(training, undisturbed)
+    assert training.manifest.counts["restarts"] == 1
+    [restart] = training.progress().restarts
+    assert restart["step"] == 4
+    assert restart["workers"] == 2
+    assert restart["why"]
+    assert training.progress().seconds["restart"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "deaths",
+    [
+        [(0, 0, "step")],
+        [(0, 6, "accumulation")],
+        [(1, 11, "accumulation")],
+        [(0, 8, "checkpoint")],
+        [(0, 9, "step"), (1, 9, "step")],
+        [(0, 3, "step"), (1, 5, "accumulation"), (0, 12, "checkpoint")],
+    ],
+    ids=str,
+)
+def test_killed_anywhere(
+    undisturbed: Training, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, deaths: list[tuple[int, int, str]]
+) -> None:
+    same_as(killed(monkeypatch, tmp_path, *deaths), undisturbed)
+
+
+@pytest.mark.slow
+def test_bad_batch_is_skipped_and_counted(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "train_worker", dying_worker(tmp_path, (0, 5, "poison")))
+    training = start_training(str(tmp_path / "storage"), "train.on_bad_loss=skip")
+    assert training.manifest.counts["skipped_steps"] == [6]
+    assert list(training.losses()) == [1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12]
+    assert "this batch was skipped" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_bad_batch_stops_the_run_and_keeps_the_checkpoint_before_it(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(train, "train_worker", dying_worker(tmp_path, (0, 6, "poison")))
+    storage = str(tmp_path / "storage")
+    with pytest.raises(ValueError, match="The loss of step 7 is nan"):
+        start_training(storage)
+    config = tiny_config(storage)
+    output = tiny_output(config, tiny_inputs(config))
+    assert last_checkpoint(config, output).counts["step"] == 4
+    identity = json.loads(output.read_text("bad_batch_step_00000007.json"))
+    assert identity["step"] == 6
+    assert len(identity["rows"]) == 8
+
+
+@pytest.mark.slow
+def test_workers_that_always_fail_are_given_up(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(loop_config: dict[str, object]) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise RuntimeError("no such kernel")
+
+        train.train_step = refuse  # type: ignore[assignment]
+        train.train_worker(loop_config)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train, "train_worker", fail)
+    with pytest.raises(ValueError, match=r"failed 5 times in a row after step 0.*no such kernel"):
+        start_training(str(tmp_path))
+
+
+class Driver:
+    """A training in a process of its own."""
+
+    def __init__(self, storage: Path | str, *arguments: str, environment: dict[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.pipeline.tiny_driver", str(storage), *arguments],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),
+        )
+        self.lines: list[str] = []
+
+    def wait_for(self, pattern: str) -> None:
+        """Read what it prints until a line matches."""
+        output: IO[str] = self.process.stdout  # type: ignore[assignment]
+        for line in output:
+            self.lines.append(line.rstrip())
+            if re.match(pattern, line):
+                return
+        raise AssertionError(f"{pattern} never came in:\n" + "\n".join(self.lines[-20:]))
+
+    def end(self) -> dict[str, object]:
+        """Let it finish; returns the manifest's counts."""
+        self.wait_for(r"\{")
+        self.process.wait(timeout=60)
+        return json.loads(self.lines[-1])
+
+
+@pytest.fixture(scope="module")
+def long_undisturbed(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    return start_training(str(tmp_path_factory.mktemp("long")), *LONG)
+
+
+def finished(storage: Path, *settings: str) -> Training:
+    config = tiny_config(str(storage), *settings)
+    inputs = tiny_inputs(config)
+    output = tiny_output(config, inputs)
+    manifest = output.manifest()
+    assert manifest is not None
+    return Training(config, inputs, output, manifest)
+
+
+@pytest.mark.slow
+def test_killed_driver_goes_on_at_the_next_submit(long_undisturbed: Training, tmp_path: Path) -> None:
+    first = Driver(tmp_path, *LONG)
+    first.wait_for(r"step +150/")
+    first.process.kill()
+    first.process.wait()
+    # The newest checkpoint is damaged too: the one before it must do.
+    config = tiny_config(str(tmp_path), *LONG)
+    output = tiny_output(config, tiny_inputs(config))
+    newest = Path(output.url) / "checkpoints" / max(os.listdir(Path(output.url) / "checkpoints"))
+    (newest / "model.safetensors").write_bytes(b"cut short")
+    second = Driver(tmp_path, *LONG)
+    counts = second.end()
+    assert counts["restarts"] == 1
+    same_as(finished(tmp_path, *LONG), long_undisturbed)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_within_thirty_seconds(long_undisturbed: Training, tmp_path: Path) -> None:
+    first = Driver(tmp_path, *LONG)
+    first.wait_for(r"step +133/")
+    asked = time.monotonic()
+    first.process.send_signal(signal.SIGTERM)
+    first.process.wait(timeout=60)
+    assert time.monotonic() - asked < 30
+    assert first.process.returncode == 128 + signal.SIGTERM
+    config = tiny_config(str(tmp_path), *LONG)
+    stopped_at = last_progress(config, tiny_output(config, tiny_inputs(config))).step
+    assert stopped_at > 133
+    assert stopped_at % 20 != 0 or stopped_at < 300  # a checkpoint of its own
+    second = Driver(tmp_path, *LONG)
+    second.end()
+    same_as(finished(tmp_path, *LONG), long_undisturbed)
+
+
+@pytest.mark.slow
+def test_lost_node_goes_on_with_fewer_workers_and_a_new_one_is_used(long_undisturbed: Training, tmp_path: Path) -> None:
+    steps = ("train.steps=3000", "train.evaluate_every_steps=1000", "train.checkpoint_every_steps=100")
+    driver = Driver(
+        tmp_path, *steps, "train.num_workers=[1,3]", "--nodes", "2",
+        "--lose-node-after", "300", "--gain-node-after", "1000",
+        environment={"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"},
+    )  # fmt: skip
+    driver.end()
+    words = [line for line in driver.lines if line.startswith("training on")]
+    assert [line.split()[2] for line in words[:2]] == ["2", "1"], words
+    training = finished(tmp_path, *steps)
+    assert list(training.losses()) == list(range(1, 3001))
+    history = training.metric_history()
+    assert [metric.step for metric in history("train/loss")] == list(range(1, 3001))
+    assert [line.split()[2] for line in words][-1] == "2", words
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """A real HTTP server that speaks S3, and the environment that leads there."""
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    boto3.client("s3").create_bucket(Bucket="runs")
+    yield environment
+    server.stop()
+
+
+@pytest.mark.slow
+def test_all_on_s3(undisturbed: Training, s3: dict[str, str], tmp_path: Path) -> None:
+    environment = {**s3, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "TMPDIR": str(tmp_path / "tmp")}
+    (tmp_path / "tmp").mkdir()
+    driver = Driver("s3://runs/here", environment=environment)
+    driver.end()
+    listed = boto3.client("s3").list_objects_v2(Bucket="runs")["Contents"]
+    names = [entry["Key"] for entry in listed]
+    assert sum(name.endswith("/training_state.pt") for name in names) == 2
+    assert sum(name.endswith("/checkpoint/model.safetensors") for name in names) == 1
+    [digests] = [
+        json.loads(boto3.client("s3").get_object(Bucket="runs", Key=name)["Body"].read())["files"]
+        for name in names
+        if re.search(r"/train-\w+/manifest.json$", name)
+    ]
+    assert (
+        digests["checkpoint/model.safetensors"]["sha256"]
+        == undisturbed.manifest.files["checkpoint/model.safetensors"].sha256
+    )
+    assert not Path("s3:").exists()
+
+
+@pytest.mark.slow
+def test_training_does_not_notice_that_mlflow_is_away(tmp_path: Path) -> None:
+    port = free_port()
+    environment = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
+    with mlflow_server(tmp_path, port):
+        driver = Driver(tmp_path / "storage", *LONG, environment=environment)
+        driver.wait_for(r"step +60/")
+    driver.wait_for(r"step +250/")
+    with mlflow_server(tmp_path, port):
+        counts = driver.end()
+        client = mlflow.MlflowClient(tracking_uri=environment["MLFLOW_TRACKING_URI"])
+        history = client.get_metric_history(str(counts["mlflow_run_id"]), "train/loss")
+        assert [metric.step for metric in history] == list(range(1, 301))
+        samples = client.list_artifacts(str(counts["mlflow_run_id"]), "samples")
+        assert len(samples) == 4
+
+
+@pytest.mark.slow
+def test_killed_process_of_every_rank_from_outside(undisturbed: Training, tmp_path: Path) -> None:
+    driver = Driver(tmp_path, *LONG)
+    driver.wait_for(r"step +50/")
+    for process in psutil.Process(driver.process.pid).children(recursive=True):
+        if "RayTrainWorker" in " ".join(process.cmdline()):
+            process.kill()
+    assert driver.end()["restarts"] == 1

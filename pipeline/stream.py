@@ -25,6 +25,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,11 @@ def _random_bits(count: int, *facts: Any) -> np.ndarray:
 def _random_order(count: int, *facts: Any) -> np.ndarray:
     """A permutation of range(count) named by `facts`."""
     return np.argsort(_random_bits(count, *facts), kind="stable")
+
+
+@lru_cache(maxsize=64)
+def _order_of_windows(count: int, name: tuple[str, int], epoch: int) -> tuple[int, ...]:
+    return tuple(_random_order(count, *name, "epoch", epoch).tolist())
 
 
 class Ring:
@@ -259,8 +265,8 @@ class TokenStream:
             before += shard.num_tokens
         return [window for window in windows if window]
 
-    def _window_order(self, epoch: int) -> list[int]:
-        return _random_order(len(self._windows), *self._name, "epoch", epoch).tolist()
+    def _window_order(self, epoch: int) -> tuple[int, ...]:
+        return _order_of_windows(len(self._windows), self._name, epoch)
 
     def _spans(self, step: int) -> Iterator[tuple[int, Window, np.ndarray]]:
         """Yield the parts of a global batch: its first row there, the window, the window's sequences in row order."""

@@ -23,7 +23,7 @@ from pipeline.registry import PROBE_TAG
 FORMAT_VERSION = 1
 
 SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec("string", "prompt")]),
+    inputs=Schema([ColSpec("string")]),  # unnamed: one prompt, a list of them, or a column of a DataFrame
     outputs=Schema([ColSpec("string")]),
     params=ParamSchema(
         [

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint environment submit cluster cluster-down
+.PHONY: demo test test-slow lint environment submit cluster cluster-down
 
 environment: .venv/installed
 
@@ -16,7 +16,11 @@ demo: environment
 	$(BIN)/python -m jobs.demo jobs/presets/demo.yaml
 
 test: environment
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+# Nodes, drivers and servers killed in the middle; needs PostgreSQL's server and chromium on the machine.
+test-slow: environment
+	$(BIN)/python -m pytest -m slow
 
 lint: environment
 	$(BIN)/ruff check .

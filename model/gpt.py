@@ -449,7 +449,9 @@ def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
     return 6 * matrices + attention
 
 
-CHUNK_LOGITS = 2**26  # logits held at once: 128 MiB in bfloat16
+# Logits held at once. A GPU wants large products: 128 MiB in bfloat16. A CPU wants them to stay in its cache.
+CHUNK_LOGITS = {"cpu": 2**22}
+DEFAULT_CHUNK_LOGITS = 2**26
 
 
 def chunked_cross_entropy(
@@ -461,7 +463,7 @@ def chunked_cross_entropy(
     pass, so nothing is computed twice: three matrix products per chunk, as without chunks.
     """
     if chunk_tokens is None:
-        chunk_tokens = max(CHUNK_LOGITS // len(weight), 256)
+        chunk_tokens = max(CHUNK_LOGITS.get(hidden.device.type, DEFAULT_CHUNK_LOGITS) // len(weight), 128)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return ChunkedCrossEntropy.apply(hidden, weight, targets, vocab_size, chunk_tokens)
     total = torch.zeros((), device=hidden.device)

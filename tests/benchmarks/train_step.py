@@ -1,0 +1,297 @@
+"""Training step speed beside transformers and litgpt, and beside the machine's own matrix products.
+
+.venv/bin/python tests/benchmarks/train_step.py                              # 53M class, context 512, batch 4
+.venv/bin/python tests/benchmarks/train_step.py --device cuda --context 1024 --batch 64
+.venv/bin/python tests/benchmarks/train_step.py --family classic --width 768 --heads 12 --vocabulary 50257 --tied
+
+Every candidate runs in a process of its own, so that peak memory is its own: forward, loss, backward and a fused
+AdamW step on the same random tokens, eager and compiled. Peers come with `pip install -e ".[dev,benchmarks]"`.
+"""
+
+import argparse
+import importlib.util
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# A script run by its path sees only its own folder.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from model.checkpoint import export_config
+from model.gpt import GPT, ModelConfig, block_parameters, flops_per_token
+from model.optimizer import OptimizerConfig, build_optimizer
+from model.training import autocast, choose_precision, parallelize, train_step
+
+PEERS = {"modern": ("transformers", "litgpt"), "classic": ("transformers",)}
+
+
+class Batch:
+    """The same tokens for every candidate."""
+
+    document_ids = None
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        generator = torch.Generator().manual_seed(0)
+        shape = (options.batch, options.context + 1)
+        rows = torch.randint(0, options.vocabulary, shape, generator=generator).to(options.device)
+        self.tokens, self.targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def model_config(options: argparse.Namespace) -> ModelConfig:
+    return ModelConfig(
+        family=options.family,
+        num_layers=options.layers,
+        width=options.width,
+        num_heads=options.heads,
+        mlp_width=options.mlp_width,
+        context_length=options.context,
+        tie_embeddings=options.tied,
+    )
+
+
+def our_step(options: argparse.Namespace, is_compiled: bool) -> Callable[[], Any]:
+    config, batch, precision = (
+        model_config(options),
+        Batch(options),
+        choose_precision(options.precision, options.device),
+    )
+    model = GPT(config, options.vocabulary).to(options.device)
+    module = parallelize(model, compile=is_compiled)
+    optimizer = build_optimizer(model, OptimizerConfig(kind=options.optimizer), total_steps=1000)
+    tokens = batch.tokens.numel()
+    return lambda: train_step(module, optimizer, [batch], step=1, global_tokens=tokens, precision=precision)
+
+
+def peer_step(
+    options: argparse.Namespace, model: torch.nn.Module, loss_of: Callable[[Batch], torch.Tensor]
+) -> Callable[[], Any]:
+    """The usual loop around a peer's model and loss."""
+    batch, precision = Batch(options), choose_precision(options.precision, options.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        with autocast(options.device, precision):
+            loss = loss_of(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def transformers_step(options: argparse.Namespace, is_compiled: bool) -> Callable[[], Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = export_config(model_config(options), options.vocabulary)
+    settings.pop("architectures")
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings, use_cache=False)
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(options.device).train()
+    run = torch.compile(model, dynamic=False) if is_compiled else model
+    # Its own loss, with the targets already shifted.
+    return peer_step(
+        options, model, lambda batch: run(batch.tokens, labels=batch.targets, shift_labels=batch.targets).loss
+    )
+
+
+def litgpt_step(options: argparse.Namespace, is_compiled: bool) -> Callable[[], Any]:
+    from litgpt import GPT as LitGPT
+    from litgpt import Config
+    from litgpt.utils import chunked_cross_entropy
+
+    ours = model_config(options)
+    config = Config(
+        n_layer=ours.num_layers,
+        n_embd=ours.width,
+        n_head=ours.num_heads,
+        n_query_groups=ours.kv_heads,
+        head_size=ours.channels_per_head,
+        intermediate_size=ours.mlp_channels,
+        block_size=ours.context_length,
+        vocab_size=options.vocabulary,
+        padded_vocab_size=options.vocabulary,
+        rotary_percentage=1.0,
+        parallel_residual=False,
+        bias=False,
+        norm_class_name="RMSNorm",
+        norm_qk=True,
+        mlp_class_name="LLaMAMLP",
+    )
+    model = LitGPT(config).to(options.device).train()
+    run = torch.compile(model, dynamic=False) if is_compiled else model
+    return peer_step(options, model, lambda batch: chunked_cross_entropy(run(batch.tokens), batch.targets))
+
+
+STEPS: dict[str, Callable[[argparse.Namespace, bool], Callable[[], Any]]] = {
+    "ours": our_step,
+    "transformers": transformers_step,
+    "litgpt": litgpt_step,
+}
+
+
+def measure_candidate(options: argparse.Namespace) -> dict[str, float]:
+    """Run one candidate in this process."""
+    name, mode = options.candidate.split("/")
+    on_gpu = options.device.startswith("cuda")
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    step = STEPS[name](options, mode == "compiled")
+    start = time.perf_counter()
+    step()
+    wait()
+    first = time.perf_counter() - start
+    step()
+    wait()
+    durations = []
+    for _ in range(options.steps):
+        start = time.perf_counter()
+        step()
+        wait()
+        durations.append(time.perf_counter() - start)
+    seconds = statistics.median(durations)
+    if on_gpu:
+        memory = torch.cuda.max_memory_allocated() / 1e9
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return {
+        "tokens_per_second": options.batch * options.context / seconds,
+        "milliseconds_per_step": 1000 * seconds,
+        "peak_memory_gigabytes": memory,
+        "compile_seconds": max(first - seconds, 0.0) if mode == "compiled" else 0.0,
+    }
+
+
+def measure_matmul_rate(options: argparse.Namespace) -> float:
+    """FLOP/s of the step's own matrix products and nothing else: every shape, forward and both gradients."""
+    config = model_config(options)
+    on_gpu = options.device.startswith("cuda")
+    dtype = choose_precision(options.precision, options.device)
+    heads = config.num_heads * config.channels_per_head
+    keys = config.kv_heads * config.channels_per_head
+    inner = config.mlp_channels
+    shapes = [  # inputs, outputs, how many in the model
+        (config.width, heads + 2 * keys, config.num_layers),
+        (heads, config.width, config.num_layers),
+        (config.width, 2 * inner if config.is_modern else inner, config.num_layers),
+        (inner, config.width, config.num_layers),
+        (config.width, options.vocabulary, 1),
+    ]
+    rows = options.batch * options.context
+    flops = seconds = 0.0
+    for inputs, outputs, count in shapes:
+        x = torch.randn(rows, inputs, device=options.device, dtype=dtype)
+        weight = torch.randn(outputs, inputs, device=options.device, dtype=dtype)
+        gradient = torch.randn(rows, outputs, device=options.device, dtype=dtype)
+        products: list[tuple[torch.Tensor, torch.Tensor]] = [(x, weight.t()), (gradient, weight), (gradient.t(), x)]
+        for left, right in products:
+            durations = []
+            torch.mm(left, right)
+            for _ in range(20 if on_gpu else 5):
+                if on_gpu:
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                torch.mm(left, right)
+                if on_gpu:
+                    torch.cuda.synchronize()
+                durations.append(time.perf_counter() - start)
+            seconds += statistics.median(durations) * count
+        flops += 6 * rows * inputs * outputs * count
+    return flops / seconds
+
+
+def missing_peers(family: str) -> list[str]:
+    return [name for name in PEERS[family] if importlib.util.find_spec(name) is None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", default="modern", choices=("modern", "classic"))
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--mlp-width", type=int, default=0)
+    parser.add_argument("--vocabulary", type=int, default=16_384)
+    parser.add_argument("--tied", action="store_true")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=4, help="sequences")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps; their median counts")
+    parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"), help="ours; the peers have AdamW")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--modes", default="eager,compiled")
+    parser.add_argument("--candidate", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.candidate == "matmul":
+        print(json.dumps({"flops_per_second": measure_matmul_rate(options)}))
+        return
+    if options.candidate:
+        print(json.dumps(measure_candidate(options)))
+        return
+
+    config = model_config(options)
+    flops = flops_per_token(config, options.vocabulary)
+    matrices = config.num_layers * block_parameters(config)[0] + options.vocabulary * config.width
+    precision = str(choose_precision(options.precision, options.device)).removeprefix("torch.")
+    print(
+        f"{options.family}, {config.num_layers} layers, width {config.width}, vocabulary {options.vocabulary:,},"
+        f" batch {options.batch} x {options.context}, {precision} on {options.device},"
+        f" {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    print(f"FLOPs per token: {flops:,} = 6 x {matrices:,} matrix weights + 12 L H D T of attention (PaLM's count)")
+    rate = run_candidate("matmul")["flops_per_second"]
+    limit = rate / (6 * matrices)
+    print(f"matrix products of the step alone: {rate / 1e9:,.0f} GFLOP/s, which would be {limit:,.0f} tokens/s\n")
+    missing = missing_peers(options.family)
+    print(f"{'':24}{'tokens/s':>12}{'ms/step':>10}{'of limit':>10}{'MFU*':>8}{'GB':>8}{'compile s':>11}")
+    results: dict[str, dict[str, float]] = {}
+    for name in ("ours", *PEERS[options.family]):
+        for mode in options.modes.split(","):
+            if name in missing:
+                print(f"{name + ', ' + mode:24}{'not installed':>12}")
+                continue
+            found = results[f"{name}/{mode}"] = run_candidate(f"{name}/{mode}")
+            speed = found["tokens_per_second"]
+            print(
+                f"{name + ', ' + mode:24}{speed:12,.0f}{found['milliseconds_per_step']:10,.0f}{speed / limit:10.1%}"
+                f"{speed * flops / rate:8.1%}{found['peak_memory_gigabytes']:8.2f}{found['compile_seconds']:11.0f}",
+                flush=True,
+            )
+    print("* of the measured matrix rate, attention's FLOPs included; GPU makers' peaks are in jobs/plan.py")
+
+    ours = max((r for n, r in results.items() if n.startswith("ours/")), key=lambda r: r["tokens_per_second"])
+    peers = {n: r["tokens_per_second"] for n, r in results.items() if not n.startswith("ours/")}
+    best_peer = max(peers, key=lambda n: peers[n]) if peers else None
+    figures = {
+        "tokens_per_second": round(ours["tokens_per_second"], 1),
+        "ratio_to_best_peer": round(ours["tokens_per_second"] / peers[best_peer], 3) if best_peer else None,
+        "best_peer": best_peer,
+        "missing_peers": missing,
+        "fraction_of_matmul_limit": round(ours["tokens_per_second"] / limit, 3),
+        "matmul_gigaflops_per_second": round(rate / 1e9, 1),
+        "model_flops_per_token": flops,
+        "peak_memory_gigabytes": round(ours["peak_memory_gigabytes"], 3),
+        "compile_seconds": round(ours["compile_seconds"], 1),
+        "candidates": {n: {k: round(v, 3) for k, v in r.items()} for n, r in results.items()},
+    }
+    print(json.dumps(figures))
+
+
+def run_candidate(name: str) -> dict[str, float]:
+    """Run this script again for one candidate, with the same options."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--candidate", name],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()

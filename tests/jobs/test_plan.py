@@ -1,0 +1,84 @@
+"""The plan of every preset prints, adds up, and agrees with what the model really holds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs.plan import main
+from model.budget import activations_per_token, estimate_memory, estimate_step, orthogonalisation_flops
+from model.gpt import GPT, ModelConfig
+from model.optimizer import OptimizerConfig
+
+PRESETS = sorted((Path(__file__).parents[2] / "jobs" / "presets").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_has_a_plan(preset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(preset), "--gpu", "h200"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("parameters", "FLOPs per token", "activations", "GPU-hours"):
+        assert word in printed
+
+
+def test_the_reference_shapes_have_their_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    presets = {path.stem: str(path) for path in PRESETS}
+    main([presets["gpt2-124m"]])
+    assert "124,439,808" in capsys.readouterr().out
+
+
+def test_an_unknown_setting_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(PRESETS[0]), "model.widht=64"]) == 2
+    assert "model.width" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["classic", "modern"])
+def test_activations_are_about_what_autograd_keeps(family: str) -> None:
+    config = ModelConfig(family=family, num_layers=3, width=64, num_heads=4, context_length=32)
+    model = GPT(config, 128)
+    tokens = torch.randint(0, 128, (4, 32))
+    held: dict[int, int] = {}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.forward_hidden(tokens)
+    estimate = 4 * tokens.numel() * config.num_layers * activations_per_token(config)
+    # Eager mode keeps some intermediate products that a compiled model computes again.
+    assert 0.8 * estimate < sum(held.values()) < 1.7 * estimate
+    del hidden
+
+
+def test_memory_grows_with_the_micro_batch_and_falls_with_sharding() -> None:
+    config, optimizer = ModelConfig(), OptimizerConfig()
+    small = estimate_memory(config, optimizer, 8192, micro_batch_sequences=4)
+    large = estimate_memory(config, optimizer, 8192, micro_batch_sequences=8)
+    sharded = estimate_memory(config, optimizer, 8192, micro_batch_sequences=4, shards=8)
+    assert large.activations == 2 * small.activations
+    assert sharded.optimizer * 8 == pytest.approx(small.optimizer)
+    assert sharded.total < small.total < large.total
+
+
+def test_muon_costs_what_its_products_do() -> None:
+    config = ModelConfig(family="classic", num_layers=1, width=8, num_heads=2, mlp_width=32, context_length=4)
+    attention = 4 * 5 * (4 * 8 * 8 * 8 + 2 * 8**3)
+    mlp = 2 * 5 * (4 * 8 * 8 * 32 + 2 * 8**3)
+    assert orthogonalisation_flops(config) == attention + mlp
+
+
+def test_more_devices_are_faster_but_never_perfectly() -> None:
+    config, optimizer = ModelConfig(), OptimizerConfig()
+    steps = [
+        estimate_step(
+            config, optimizer, 8192, flops=1e14, flops_per_second=4e14, devices=devices, bytes_per_second=40e9
+        )
+        for devices in (1, 8, 64)
+    ]
+    assert steps[0].efficiency == 1.0
+    assert steps[0].efficiency > steps[1].efficiency > steps[2].efficiency > 0
+    assert [step.compute for step in steps] == sorted((step.compute for step in steps), reverse=True)

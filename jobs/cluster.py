@@ -36,7 +36,7 @@ from jobs.command import ENVIRONMENT
 
 FOLDER = Path("artifacts/cluster")
 BUCKET = "gpt"
-START_SECONDS = 120
+START_SECONDS = 300  # ten times what a quiet machine takes
 # Room for shuffles and weights of a demo; what does not fit spills to disk.
 OBJECT_STORE_BYTES = 400_000_000
 

@@ -1,5 +1,6 @@
 """The line between the driver of a training and its workers; light to import, for the processes that only hold it."""
 
+import logging
 from typing import Any
 
 from ray.train import UserCallback
@@ -67,3 +68,14 @@ class FailureNotes(UserCallback):
         rank, error = min(worker_exceptions.items())
         words = " ".join(str(error).split())[:300]
         self._line.note_failure.remote(f"rank {rank}: {type(error).__name__}: {words}")
+
+
+class LineHandler(logging.Handler):
+    """Sends a worker's warnings to the driver's screen."""
+
+    def __init__(self, line: Any) -> None:
+        super().__init__(logging.WARNING)
+        self._line = line
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._line.say.remote(f"{record.levelname.lower()}: {record.getMessage()}")

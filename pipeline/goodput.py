@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import psutil
 import torch
+from torch.distributed.tensor import DTensor
 
 ACTIVITIES = ("compute", "data_wait", "checkpoint", "evaluation", "startup", "restart")
 
@@ -81,9 +82,10 @@ def peak_flops(device: torch.device, precision: torch.dtype) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def weight_norm(model: torch.nn.Module) -> torch.Tensor:
-    """Length of all weights as one vector."""
-    return torch.nn.utils.get_total_norm([parameter.detach() for parameter in model.parameters()])
+def weight_norm(model: torch.nn.Module) -> float:
+    """Length of all weights as one vector; of a sharded model all ranks must ask together."""
+    norm = torch.nn.utils.get_total_norm([parameter.detach() for parameter in model.parameters()])
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def memory_metrics() -> dict[str, float]:

@@ -31,23 +31,17 @@ LONGEST_PARAMETER = 6000  # characters; MLflow refuses more
 def connect(config: Config) -> str:
     """Point MLflow at its store, make the experiment if it is new, and return the tracking URI.
 
-    The store is MLFLOW_TRACKING_URI, else an SQLite file under the storage root. The driver calls this before
-    any worker starts: several processes that open a fresh SQLite store at once break it for good.
+    The driver calls this before any worker starts: several processes that open a fresh SQLite store at once
+    break it for good.
     """
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    uri = address(config)
     artifact_root = None
-    if not uri:
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
         storage = resolve_storage(config.storage)
-        if "://" in storage:
-            raise ValueError(
-                f"With storage at {storage} MLflow needs a server: set MLFLOW_TRACKING_URI"
-                " (for a try: `mlflow server --artifacts-destination s3://bucket/mlflow`)."
-            )
         Path(storage).mkdir(parents=True, exist_ok=True)
-        uri = f"sqlite:///{storage}/mlflow.db"
         artifact_root = f"{storage}/mlflow"
     fail_soon()
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking.fluent"):
@@ -68,6 +62,18 @@ def connect(config: Config) -> str:
     except MlflowException as error:
         raise ValueError(f"MLflow at {without_password(uri)} does not answer: {first_line(error)}") from None
     return uri
+
+
+def address(config: Config) -> str:
+    """Return the tracking URI: MLFLOW_TRACKING_URI, else an SQLite file under a local storage root."""
+    storage = resolve_storage(config.storage)
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri and "://" in storage:
+        raise ValueError(
+            f"With storage at {storage} MLflow needs a server: set MLFLOW_TRACKING_URI"
+            " (for a try: `mlflow server --artifacts-destination s3://bucket/mlflow`)."
+        )
+    return uri or f"sqlite:///{storage}/mlflow.db"
 
 
 def fail_soon() -> None:

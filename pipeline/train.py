@@ -10,6 +10,7 @@ run that was killed anywhere goes on from its last checkpoint as if it had never
 import gc
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -31,8 +32,10 @@ import torch.distributed as dist
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors.torch import load_file
 
+from model.budget import estimate_memory
 from model.checkpoint import (
     WEIGHTS,
     export_weights,
@@ -59,7 +62,7 @@ from pipeline import tracking
 from pipeline.artifacts import Artifact, FileRecord, Manifest
 from pipeline.checkpoints import BackgroundWriter, CheckpointStore
 from pipeline.config import Config, result_settings, to_yaml
-from pipeline.driver_line import FailureNotes, Line
+from pipeline.driver_line import FailureNotes, Line, LineHandler
 from pipeline.goodput import TimeSplit, memory_metrics, peak_flops, weight_norm
 from pipeline.loss_plot import draw_loss
 from pipeline.metrics import TrainingGauges
@@ -102,7 +105,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
     """Train to the last step, resuming where an earlier run of the same settings stopped."""
     bytes_per_token = check_inputs(config, inputs)
     facts = open_run(config, inputs, output)
-    line = ray.remote(num_cpus=0)(Line).remote()
+    # Beside the driver: on a worker's node it would die with that node.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    line = ray.remote(num_cpus=0)(Line).options(scheduling_strategy=here).remote()
     job = Job(
         config=config,
         shards=inputs["prepare"],
@@ -198,14 +203,20 @@ def open_run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -
                 f"The run {output.url} was started with another config: {'; '.join(rows) or 'its data differ'}."
                 " Give this one another name (train.run), or delete that folder."
             )
-    tracking_uri = tracking.connect(config)
-    run_id = tracking.open_run(
-        config,
-        known.get("mlflow_run_id"),
-        name=output.url.rpartition("/")[2],
-        data={"tokenizer": inputs["tokenizer"], "prepare": inputs["prepare"]},
-        facts={"artifact": output.url, "fingerprint": output.fingerprint},
-    )
+    try:
+        tracking_uri = tracking.connect(config)
+        run_id = tracking.open_run(
+            config,
+            known.get("mlflow_run_id"),
+            name=output.url.rpartition("/")[2],
+            data={"tokenizer": inputs["tokenizer"], "prepare": inputs["prepare"]},
+            facts={"artifact": output.url, "fingerprint": output.fingerprint},
+        )
+    except ValueError as error:
+        if "mlflow_run_id" not in known:
+            raise
+        print(f"{error} Training goes on, and MLflow gets the rest when it is back.", flush=True)
+        return known | {"tracking_uri": tracking.address(config)}
     if run_id != known.get("mlflow_run_id"):
         known = {
             "mlflow_run_id": run_id,
@@ -390,6 +401,8 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     config, options, line = job.config, job.config.train, job.line
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
+    if rank == 0:
+        logging.getLogger("pipeline").addHandler(LineHandler(line))  # warnings reach the person at the driver
     device = ray.train.torch.get_device()
     precision = choose_precision(options.precision, device)
     set_threads(options.threads_per_worker, context.get_local_world_size())
@@ -508,7 +521,7 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
         raise
     except RuntimeError as error:
         if is_out_of_memory(error):
-            ray.get(line.give_up.remote(explain_out_of_memory(config, error)))
+            ray.get(line.give_up.remote(explain_out_of_memory(config, tokenizer.vocab_size, error)))
         raise
     finally:
         gc.enable()
@@ -519,10 +532,11 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Score:
-    """How well the val split is predicted."""
+    """How well the val split is predicted, and how long the weights are as one vector."""
 
     nats_per_token: float
     bits_per_byte: float
+    weight_norm: float
 
 
 def score_validation(job: Job, module: torch.nn.Module, tokenizer: Tokenizer, precision: torch.dtype) -> Score:
@@ -554,7 +568,7 @@ def score_validation(job: Job, module: torch.nn.Module, tokenizer: Tokenizer, pr
     if world_size > 1:
         dist.all_reduce(totals)
     nats, tokens, num_bytes = totals.tolist()
-    return Score(nats / tokens, bits_per_byte(nats, int(num_bytes)))
+    return Score(nats / tokens, bits_per_byte(nats, int(num_bytes)), weight_norm(module))
 
 
 def write_samples(config: Config, model: GPT, tokenizer: Tokenizer, precision: torch.dtype) -> dict[str, str]:
@@ -643,13 +657,21 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def explain_out_of_memory(config: Config, error: RuntimeError) -> str:
+def explain_out_of_memory(config: Config, vocab_size: int, error: RuntimeError) -> str:
     options = config.train
+    memory = estimate_memory(
+        config.model,
+        config.optimizer,
+        vocab_size,
+        micro_batch_sequences=options.micro_batch_sequences,
+        activation_bytes=4 if options.precision == "float32" else 2,
+    )
     return (
-        f"Out of memory: {str(error).splitlines()[0][:200]} Lower train.micro_batch_sequences"
-        f" (now {options.micro_batch_sequences}) first: the result stays the same; then use train.precision=bfloat16,"
-        " more workers with train.sharding=fsdp, or a smaller model.context_length."
-        " `python -m jobs.plan` with this preset prints what each part takes."
+        f"Out of memory: {str(error).strip().splitlines()[0][:200].rstrip('.')}. The estimate of `jobs.plan` is"
+        f" {memory.total / 1e9:.2f} GB, of which {(memory.activations + memory.logits) / 1e9:.2f} GB grow with"
+        f" train.micro_batch_sequences, now {options.micro_batch_sequences}: lower that first, the result stays the"
+        " same; then set train.precision=bfloat16, use more workers with train.sharding=fsdp, or lower"
+        " model.context_length."
     )
 
 
@@ -721,7 +743,6 @@ class Report:
         words = f"training on {world_size} worker{'s' * (world_size > 1)} ({device.type}, {str(precision)[6:]})"
         if progress.restarts:
             self._tracker.log_text("restarts.json", json.dumps(progress.restarts, indent=1))
-            self._tracker.log_metrics({"run/restarts": len(progress.restarts)}, progress.step)
             words += f", going on from step {progress.step:,}"
         self._say(words)
 
@@ -734,7 +755,8 @@ class Report:
         bits = loss / math.log(2) / self._job.bytes_per_token
         tokens_per_second = self._tokens_per_second()
         metrics = {
-            "run/skipped_steps": float(len(self._progress.skipped_steps)),
+            "run/restarts": len(self._progress.restarts),
+            "run/skipped_steps": len(self._progress.skipped_steps),
             "speed/tokens_per_second": tokens_per_second,
             "speed/mfu": tokens_per_second * self._model.flops_per_token() / self._peak_flops,
             **{f"learning_rate/{group}": rate for group, rate in rates.items()},
@@ -761,7 +783,7 @@ class Report:
         metrics = {
             "validation/loss": score.nats_per_token,
             "validation/bits_per_byte": score.bits_per_byte,
-            "weights/norm": float(weight_norm(self._model)),
+            "weights/norm": score.weight_norm,
         }
         self._tracker.log_metrics(metrics, progress.step)
         self._gauges.show(metrics, progress.step)

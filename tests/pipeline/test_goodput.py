@@ -42,7 +42,7 @@ def test_weight_norm_is_that_of_all_weights() -> None:
     model = torch.nn.Linear(3, 1)
     torch.nn.init.constant_(model.weight, 2.0)
     torch.nn.init.constant_(model.bias, 2.0)
-    assert weight_norm(model).item() == pytest.approx(4.0)
+    assert weight_norm(model) == pytest.approx(4.0)
 
 
 def test_system_metrics_have_the_names_of_mlflows_page() -> None:

@@ -10,13 +10,13 @@
 // GCC's and Clang's vector types compile to AVX2, AVX-512 or NEON, whatever the machine has.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
+#include <thread>
 #include <type_traits>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
@@ -31,6 +31,80 @@ typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef int16_t Shorts __attribute__((vector_size(LANES * 2)));
 
 enum Type { FLOAT32, BFLOAT16, INT8 };
+
+// -- Threads ----------------------------------------------------------------------------------------------------------
+
+// Threads that share the items of one stage after another. Whoever is free takes the next item, and a stage ends when
+// its items are done, not when every thread has come by: on a busy machine one that is not scheduled holds up nobody.
+class Crew {
+   public:
+    explicit Crew(int threads) : threads_(threads) {
+        for (int thread = 1; thread < threads; ++thread) std::thread([this, thread] { help(thread); }).detach();
+    }
+    int threads() const { return threads_; }
+
+    void wake() {
+        awake_.store(1);
+        awake_.notify_all();
+    }
+    void rest() { awake_.store(0); }
+
+    // Call work(item, thread) for every item, on any thread.
+    template <class Work> void share(int items, const Work& work) {
+        if (items <= 1 || threads_ == 1) {
+            for (int item = 0; item < items; ++item) work(item, 0);
+            return;
+        }
+        call_ = [](const void* context, int item, int thread) { (*(const Work*)context)(item, thread); };
+        context_ = &work;
+        done_.store(0, std::memory_order_relaxed);
+        ticket_.store(++stage_ << 2 * BITS | (uint64_t)items << BITS, std::memory_order_release);
+        while (take(0)) {
+        }
+        for (int spins = 0; done_.load(std::memory_order_acquire) != items;) pause(spins);
+    }
+
+   private:
+    static constexpr int BITS = 20;
+    static constexpr uint64_t MASK = (1 << BITS) - 1;
+
+    bool take(int thread) {
+        uint64_t ticket = ticket_.load(std::memory_order_acquire);
+        do
+            if ((ticket & MASK) == (ticket >> BITS & MASK)) return false;
+        while (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel, std::memory_order_acquire));
+        // The stage cannot end before this item is done, so what it calls stays as it is.
+        call_(context_, ticket & MASK, thread);
+        done_.fetch_add(1, std::memory_order_release);
+        return true;
+    }
+
+    void help(int thread) {
+        for (;;) {
+            awake_.wait(0);
+            for (int spins = 0; awake_.load(std::memory_order_relaxed);)
+                if (take(thread))
+                    spins = 0;
+                else
+                    pause(spins);
+        }
+    }
+
+    static void pause(int& spins) {
+        if (++spins > 1000) std::this_thread::yield();
+#if defined(__x86_64__)
+        else __builtin_ia32_pause();
+#endif
+    }
+
+    const int threads_;
+    uint64_t stage_ = 0;
+    std::atomic<uint64_t> ticket_{0};  // the stage, how many items it has, and the next of them
+    std::atomic<int> done_{0};
+    std::atomic<int> awake_{0};
+    void (*call_)(const void*, int, int) = nullptr;
+    const void* context_ = nullptr;
+};
 
 // -- Numbers as they lie in memory ------------------------------------------------------------------------------------
 
@@ -292,14 +366,13 @@ extern "C" int64_t workspace_floats(const Model* model, int32_t rows, int32_t th
     return lay_out(*model, rows, threads, nullptr, nullptr);
 }
 
-// out = (x W) * scale + bias, or added to out. Called by all threads, which share the panels.
+// out = (x W) * scale + bias, or added to out.
 template <class T>
-void apply(const Linear& linear, int rows, const float* x, long x_stride, float* out, long out_stride, bool add) {
+void apply(Crew& crew, const Linear& linear, int rows, const float* x, long x_stride, float* out, long out_stride, bool add) {
     const int panels = linear.outputs / PANEL;
     const long panel_stride = (long)linear.inputs * PANEL;
-#pragma omp for schedule(static)
-    for (int panel = 0; panel < panels; panel += 2) {
-        const int count = std::min(2, panels - panel);
+    crew.share((panels + 1) / 2, [&](int item, int) {
+        const int panel = 2 * item, count = std::min(2, panels - panel);
         const int first = panel * PANEL, last = first + count * PANEL;
         const T* weights = (const T*)linear.panels + panel * panel_stride;
         // A few rows at a time, so that sums are finished while they are in the cache.
@@ -318,11 +391,11 @@ void apply(const Linear& linear, int rows, const float* x, long x_stride, float*
                 }
             }
         }
-    }
+    });
 }
 
 template <class C>
-void attend(const Model& model, int layer, const Batch& batch, const Buffers& b, float* scores) {
+void attend(Crew& crew, const Model& model, int layer, const Batch& batch, const Buffers& b) {
     const int group = model.heads / model.kv_heads, dim = model.head_dim, dim_padded = (int)round_up(dim);
     const long key_size = (long)round_up(model.context) * dim, value_size = (long)model.context * dim_padded;
     C* const all_keys = (C*)model.keys + (long)layer * model.slots * model.kv_heads * key_size;
@@ -335,8 +408,7 @@ void attend(const Model& model, int layer, const Batch& batch, const Buffers& b,
     };
 
     // Each row's keys and values go into its slot before any row looks at them.
-#pragma omp for schedule(static)
-    for (int row = 0; row < batch.rows; ++row) {
+    crew.share(batch.rows, [&](int row, int) {
         const int position = batch.positions[row];
         float* queries = b.qkv + row * b.qkv_stride;
         if (model.modern)
@@ -356,12 +428,12 @@ void attend(const Model& model, int layer, const Batch& batch, const Buffers& b,
                 store(values + (long)(d / PANEL) * model.context * PANEL + d % PANEL, value[d]);
             }
         }
-    }
+    });
 
     const float scale = 1 / std::sqrt((float)dim);
-    float* const mixed = scores + group * b.scores_stride;
-#pragma omp for schedule(static)
-    for (int item = 0; item < batch.rows * model.kv_heads; ++item) {
+    crew.share(batch.rows * model.kv_heads, [&](int item, int thread) {
+        float* const scores = b.scores + thread * b.scores_size;
+        float* const mixed = scores + group * b.scores_stride;
         const int row = item / model.kv_heads, head = item % model.kv_heads;
         const int length = batch.positions[row] + 1;
         const float* queries = b.qkv + row * b.qkv_stride + head * group * dim;
@@ -380,13 +452,12 @@ void attend(const Model& model, int layer, const Batch& batch, const Buffers& b,
         for (int h = 0; h < group; ++h)
             std::memcpy(b.mixed + row * b.mixed_stride + (head * group + h) * dim, mixed + h * dim_padded,
                         dim * sizeof(float));
-    }
+    });
 }
 
-static void activate(const Model& model, int rows, const Buffers& b) {
+static void activate(Crew& crew, const Model& model, int rows, const Buffers& b) {
     // In whole vectors: one past the end of the gates overwrites only what has been read before.
-#pragma omp for schedule(static)
-    for (int row = 0; row < rows; ++row) {
+    crew.share(rows, [&](int row, int) {
         float* gate = b.hidden + row * b.hidden_stride;
         for (int i = 0; i < model.mlp_width; i += LANES) {
             const Floats x = read<Floats>(gate + i);
@@ -399,62 +470,66 @@ static void activate(const Model& model, int rows, const Buffers& b) {
             }
             std::memcpy(gate + i, &out, sizeof out);
         }
-    }
+    });
 }
 
-static void normalise_rows(const Model& model, const Norm& norm, int rows, const Buffers& b) {
-#pragma omp for schedule(static)
-    for (int row = 0; row < rows; ++row)
+static void normalise_rows(Crew& crew, const Model& model, const Norm& norm, int rows, const Buffers& b) {
+    crew.share(rows, [&](int row, int) {
         normalise(b.x + row * b.width_stride, model.width, norm.weight, norm.bias, model.epsilon,
                   b.normed + row * b.width_stride);
+    });
 }
 
 // W: type of the weights, C: of the cache and the embeddings.
-template <class W, class C> void run(const Model& model, const Batch& batch) {
+template <class W, class C> void run(Crew& crew, const Model& model, const Batch& batch) {
     Buffers b;
     lay_out(model, batch.rows, batch.threads, batch.workspace, &b);
     const int rows = batch.rows, width = model.width;
-#pragma omp parallel num_threads(batch.threads)
-    {
-#ifdef _OPENMP
-        const int thread = omp_get_thread_num();
-#else
-        const int thread = 0;
-#endif
-        float* scores = b.scores + thread * b.scores_size;
-#pragma omp for schedule(static)
-        for (int row = 0; row < rows; ++row)
-            for (int i = 0; i < width; ++i) {
-                float value = load((const C*)model.embedding + (long)batch.tokens[row] * width + i);
-                if (!model.modern)
-                    value += load((const C*)model.position_embedding + (long)batch.positions[row] * width + i);
-                b.x[row * b.width_stride + i] = value;
-            }
-        for (int number = 0; number < model.num_layers; ++number) {
-            const Layer& layer = model.layers[number];
-            normalise_rows(model, layer.attention_norm, rows, b);
-            apply<W>(layer.qkv, rows, b.normed, b.width_stride, b.qkv, b.qkv_stride, false);
-            attend<C>(model, number, batch, b, scores);
-            apply<W>(layer.attention_output, rows, b.mixed, b.mixed_stride, b.x, b.width_stride, true);
-            normalise_rows(model, layer.mlp_norm, rows, b);
-            apply<W>(layer.up, rows, b.normed, b.width_stride, b.hidden, b.hidden_stride, false);
-            activate(model, rows, b);
-            apply<W>(layer.mlp_output, rows, b.hidden, b.hidden_stride, b.x, b.width_stride, true);
+    crew.share(rows, [&](int row, int) {
+        for (int i = 0; i < width; ++i) {
+            float value = load((const C*)model.embedding + (long)batch.tokens[row] * width + i);
+            if (!model.modern)
+                value += load((const C*)model.position_embedding + (long)batch.positions[row] * width + i);
+            b.x[row * b.width_stride + i] = value;
         }
-#pragma omp for schedule(static)
-        for (int i = 0; i < batch.num_logits; ++i)
-            normalise(b.x + batch.logit_rows[i] * b.width_stride, width, model.norm.weight, model.norm.bias,
-                      model.epsilon, b.normed + i * b.width_stride);
-        apply<W>(model.head, batch.num_logits, b.normed, b.width_stride, batch.logits, model.head.outputs, false);
+    });
+    for (int number = 0; number < model.num_layers; ++number) {
+        const Layer& layer = model.layers[number];
+        normalise_rows(crew, model, layer.attention_norm, rows, b);
+        apply<W>(crew, layer.qkv, rows, b.normed, b.width_stride, b.qkv, b.qkv_stride, false);
+        attend<C>(crew, model, number, batch, b);
+        apply<W>(crew, layer.attention_output, rows, b.mixed, b.mixed_stride, b.x, b.width_stride, true);
+        normalise_rows(crew, model, layer.mlp_norm, rows, b);
+        apply<W>(crew, layer.up, rows, b.normed, b.width_stride, b.hidden, b.hidden_stride, false);
+        activate(crew, model, rows, b);
+        apply<W>(crew, layer.mlp_output, rows, b.hidden, b.hidden_stride, b.x, b.width_stride, true);
     }
+    crew.share(batch.num_logits, [&](int i, int) {
+        normalise(b.x + batch.logit_rows[i] * b.width_stride, width, model.norm.weight, model.norm.bias, model.epsilon,
+                  b.normed + i * b.width_stride);
+    });
+    apply<W>(crew, model.head, batch.num_logits, b.normed, b.width_stride, batch.logits, model.head.outputs, false);
 }
 
 extern "C" int32_t forward(const Model* model, const Batch* batch) {
-    const bool full = model->cache_type == FLOAT32;
+    // One crew per process and one pass at a time: more would only share the same cores.
+    static std::mutex turn;
+    static Crew* crew = nullptr;
+    const std::lock_guard<std::mutex> lock(turn);
+    if (!crew || crew->threads() != batch->threads) crew = new Crew(batch->threads);
+    crew->wake();
+    const auto pass = [&](auto weight) {
+        using W = decltype(weight);
+        if (model->cache_type == FLOAT32)
+            run<W, float>(*crew, *model, *batch);
+        else
+            run<W, uint16_t>(*crew, *model, *batch);
+    };
     switch (model->weight_type) {
-        case FLOAT32: full ? run<float, float>(*model, *batch) : run<float, uint16_t>(*model, *batch); return 0;
-        case BFLOAT16: full ? run<uint16_t, float>(*model, *batch) : run<uint16_t, uint16_t>(*model, *batch); return 0;
-        case INT8: full ? run<int8_t, float>(*model, *batch) : run<int8_t, uint16_t>(*model, *batch); return 0;
+        case FLOAT32: pass(float()); break;
+        case BFLOAT16: pass(uint16_t()); break;
+        case INT8: pass(int8_t()); break;
     }
-    return 1;
+    crew->rest();
+    return 0;
 }

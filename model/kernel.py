@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
 # Contraction rounds a*b+c once, everywhere alike; no fast-math: it would reorder sums.
-FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
+FLAGS = ("-O3", "-march=native", "-std=gnu++20", "-ffp-contract=fast", "-pthread", "-shared", "-fPIC", "-Wno-psabi")
 TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}  # `Type` in kernel.cpp
 
 

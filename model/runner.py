@@ -1,8 +1,9 @@
 """What runs the model for the engine: tokens of many slots in, logits out, and the memory their keys and values take.
 
 Every runner keeps one promise: what a slot gets does not depend on the other slots, to the last bit. `TorchRunner`
-keeps it by shape: a step's single tokens always run as one batch of all slots, whoever is there, and a chunk of a
-prompt runs alone. It serves any device; on a CPU with a C++ compiler, `KernelRunner` is several times as fast.
+keeps it by shape. On a GPU a step's single tokens always run as one batch of all slots, whoever is there, and a
+chunk of a prompt runs alone. On a CPU even single tokens run alone, because there a row's last bits depend on its
+place; it is the way for machines without a C++ compiler, elsewhere `KernelRunner` is several times as fast.
 """
 
 import copy
@@ -101,8 +102,9 @@ class TorchRunner:
         self.weights = weights
         self.num_slots = num_slots
         self.device = model.embedding.weight.device
-        # Every step computes the width for every slot, drafts or not: free on a GPU, too dear on a CPU.
-        self.max_draft_tokens = max_draft_tokens if self.device.type == "cuda" else 0
+        self.batches_slots = self.device.type == "cuda"
+        # Every step computes the width for every slot, drafts or not, which a GPU hardly notices.
+        self.max_draft_tokens = max_draft_tokens if self.batches_slots else 0
         self.width = 1 + self.max_draft_tokens
         self.cache: KVCache = self.model.new_cache(num_slots)
         self.cache_dtype = self.cache.keys.dtype
@@ -112,7 +114,9 @@ class TorchRunner:
 
     @torch.inference_mode()
     def run(self, work: list[Work]) -> Tensor:
-        short = [item for item in work if len(item.tokens) <= self.width and item.num_logits == len(item.tokens)]
+        short = []
+        if self.batches_slots:
+            short = [item for item in work if len(item.tokens) <= self.width and item.num_logits == len(item.tokens)]
         batched = self._run_slots(short) if short else {}
         rows = [batched[item.slot] if item.slot in batched else self._run_chunk(item) for item in work]
         return torch.cat(rows).float()

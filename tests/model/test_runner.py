@@ -1,0 +1,134 @@
+"""What runs the model: the ways agree with one another, and each keeps its slots apart."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.gpt import GPT, ModelConfig
+from model.kernel import KernelRunner, load_kernel
+from model.runner import TorchRunner, quantize, with_weights
+from model.sequence import Work
+
+VOCABULARY, CONTEXT = 301, 64
+# Sizes that are no multiple of anything, heads in groups, one head, tied embeddings.
+SHAPES = {
+    "modern": ModelConfig(num_layers=2, width=64, num_heads=4, context_length=CONTEXT),
+    "modern odd": ModelConfig(
+        num_layers=2, width=72, num_heads=6, num_kv_heads=2, head_dim=20, mlp_width=100, context_length=CONTEXT
+    ),
+    "modern one key head": ModelConfig(num_layers=1, width=64, num_heads=8, num_kv_heads=1, context_length=CONTEXT),
+    "classic": ModelConfig(family="classic", num_layers=2, width=48, num_heads=2, context_length=CONTEXT),
+    "classic odd": ModelConfig(
+        family="classic", num_layers=1, width=50, num_heads=1, tie_embeddings=True, context_length=CONTEXT
+    ),
+}
+# Of logits about 6 in size: what rounding weights, keys and values to 8 or 16 bits may change.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 0.25, "int8": 0.6}
+
+
+def random_model(shape: str) -> GPT:
+    torch.manual_seed(5)
+    model = GPT(SHAPES[shape], VOCABULARY)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.ndim == 1))
+    model.clear_padding()
+    return model.eval()
+
+
+def kernel_runner(model: GPT, weights: str, num_slots: int = 3) -> KernelRunner:
+    kernel = load_kernel()
+    if kernel is None:
+        pytest.skip("needs a C++ compiler")
+    return KernelRunner(kernel, model, num_slots, weights, max_draft_tokens=4)
+
+
+def random_tokens(length: int = 40) -> list[int]:
+    return torch.randint(0, VOCABULARY, (length,), generator=torch.Generator().manual_seed(6)).tolist()
+
+
+@torch.no_grad()
+def expected_logits(model: GPT, tokens: list[int]) -> Tensor:
+    return model(torch.tensor([tokens]))[0]
+
+
+@pytest.mark.parametrize("weights", TOLERANCE)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_kernel_computes_what_torch_computes(shape: str, weights: str) -> None:
+    model, tokens = random_model(shape), random_tokens()
+    logits = kernel_runner(model, weights).run([Work(1, 0, tokens, len(tokens))])
+    expected = expected_logits(model, tokens)
+    assert logits.shape == expected.shape
+    assert (logits - expected).abs().max() < TOLERANCE[weights]
+
+
+@pytest.mark.parametrize("weights", TOLERANCE)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_kernel_gives_a_token_the_same_bits_however_it_is_run(shape: str, weights: str, threads: int) -> None:
+    tokens, others = random_tokens(), random_tokens()[::-1]
+    runner = kernel_runner(random_model(shape), weights)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        whole = runner.run([Work(1, 0, tokens, len(tokens))])
+        pieces, at = [], 0
+        for length in (1, 2, 7, 13, 6, 5, 3, 2, 1):  # heights of tiles that differ, other slots beside them or not
+            piece = Work(2, at, tokens[at : at + length], length)
+            beside = [Work(0, at, others[at : at + length], 1)] if length % 2 else []
+            pieces.append(runner.run([*beside, piece])[len(beside) :])
+            at += length
+        assert at == len(tokens)
+        assert torch.equal(torch.cat(pieces), whole)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_copied_slot_goes_on_as_its_source() -> None:
+    tokens = random_tokens()
+    for runner in (kernel_runner(random_model("modern odd"), "bfloat16"), torch_runner("modern odd")):
+        runner.run([Work(0, 0, tokens[:30], 0)])
+        runner.copy(0, 2, 30)
+        first, second = (runner.run([Work(slot, 30, tokens[30:31], 1)]) for slot in (0, 2))
+        assert torch.equal(first, second)
+
+
+def torch_runner(shape: str, weights: str = "float32") -> TorchRunner:
+    return TorchRunner(random_model(shape), 3, weights, max_draft_tokens=4, use_graph=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_torch_runs_slots_of_different_lengths_as_one_batch_as_it_does_on_a_gpu(shape: str) -> None:
+    tokens = random_tokens(CONTEXT)
+    runner = torch_runner(shape)
+    runner.batches_slots, runner.max_draft_tokens, runner.width = True, 4, 5
+    runner.run([Work(0, 0, tokens[:20], 0), Work(2, 0, tokens[: CONTEXT - 3], 0)])
+    # Slot 2 is near its end, so some places of its batch lie behind it; slot 1 is idle, slot 0 has a draft.
+    logits = runner.run([Work(2, CONTEXT - 3, tokens[CONTEXT - 3 : CONTEXT - 1], 2), Work(0, 20, tokens[20:24], 4)])
+    expected = expected_logits(runner.model, tokens)
+    torch.testing.assert_close(
+        logits, torch.cat((expected[CONTEXT - 3 : CONTEXT - 1], expected[20:24])), atol=1e-4, rtol=1e-4
+    )
+    again = runner.run([Work(0, 24, tokens[24:25], 1)])
+    torch.testing.assert_close(again[0], expected[24], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_torch_runs_lighter_weights_and_leaves_the_model_as_it_was(weights: str) -> None:
+    model, tokens = random_model("modern odd"), random_tokens()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    runner = TorchRunner(model, 1, weights, 0, use_graph=False)
+    logits = runner.run([Work(0, 0, tokens, len(tokens))])
+    assert (logits - expected_logits(model, tokens)).abs().max() < 2 * TOLERANCE[weights]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert runner.weight_bytes() < TorchRunner(model, 1, "float32", 0, use_graph=False).weight_bytes() * 0.6
+    assert with_weights(model, "float32") is model
+
+
+def test_quantised_weights_are_within_half_a_step() -> None:
+    weight = torch.randn(7, 33)
+    weight[3] = 0
+    integers, scale = quantize(weight)
+    assert integers.dtype == torch.int8
+    assert ((integers * scale[:, None] - weight).abs() <= scale[:, None] / 2 + 1e-7).all()
+    assert integers.abs().amax(1).tolist() == [127, 127, 127, 0, 127, 127, 127]

@@ -8,6 +8,7 @@ Keys come from the environment, never from a preset:
 
 import hashlib
 import hmac
+import ipaddress
 import math
 import os
 import re
@@ -23,7 +24,6 @@ from pipeline.openai_api import ApiError
 
 KEYS_VARIABLE = "SERVE_API_KEYS"
 KEYS_FILE_VARIABLE = "SERVE_API_KEYS_FILE"
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1", "[::1]")
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,12 @@ class Access:
 
 def is_local_host(address: str | None) -> bool:
     """Whether an address is this machine's own loopback."""
-    return address is not None and (address.startswith("127.") or address in LOCAL_HOSTS)
+    if address == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address((address or "").strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def is_local_name(host: str | None) -> bool:

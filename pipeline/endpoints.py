@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,7 +87,7 @@ def build_api(service: Service) -> FastAPI:
     @app.post("/v1/completions", response_model=Completion)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Complete prompts; with stream=true as server-sent events, ended by `data: [DONE]`."""
-        return await complete(service, body, request.scope["api_key"])
+        return await complete(service, body, request)
 
     @app.get("/v1/models")
     async def list_models() -> ModelList:
@@ -181,9 +181,10 @@ class Asked:
         return sum(map(len, self.prompts)) + generated
 
 
-async def complete(service: Service, body: CompletionRequest, key: ApiKey | None) -> Response:
+async def complete(service: Service, body: CompletionRequest, request: Request) -> Response:
     """Check, admit, generate, answer."""
     began = time.monotonic()
+    key: ApiKey | None = request.scope["api_key"]
     asked = await check(service, body, began)
     service.access.start(key, asked.reserved_tokens)
     try:
@@ -193,7 +194,7 @@ async def complete(service: Service, body: CompletionRequest, key: ApiKey | None
         raise
     try:
         if not body.stream:
-            return JSONResponse(await answer.whole(), headers=asked.version.headers)
+            return JSONResponse(await unless_left(request, answer.whole()), headers=asked.version.headers)
         # The first tokens are awaited here, so that what goes wrong before them still has a status of its own.
         first = await answer.read()
         headers = asked.version.headers | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -204,6 +205,19 @@ async def complete(service: Service, body: CompletionRequest, key: ApiKey | None
     except BaseException:
         answer.close(499)
         raise
+
+
+async def unless_left(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+    """Do the work, or drop it when the client goes away; nobody reads the error that this raises then."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ApiError(499, "The client has gone away.")
+    finally:
+        working.cancel()
+        leaving.cancel()
 
 
 async def check(service: Service, body: CompletionRequest, began: float) -> Asked:

@@ -23,6 +23,11 @@ from model.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger("ray.serve")
 
+CURVES = {  # what the card calls it -> the metric of the training's run
+    "training loss": "train/loss",
+    "validation loss": "validation/loss",
+    "bits per byte": "validation/bits_per_byte",
+}
 PROBE_TAG = "probe_text_bits_per_byte"
 # Plain English and a little code, for any model to be surprised by: what matters is that the surprise is the same.
 PROBE_TEXT = """\
@@ -159,9 +164,8 @@ def read_loss_curves(run_id: str, points: int = 200) -> dict[str, list[tuple[int
     try:
         client = mlflow.MlflowClient()
         known = client.get_run(run_id).data.metrics
-        for label, names in CURVES.items():
-            key = next((name for name in names if name in known), None)
-            if key is None:
+        for label, key in CURVES.items():
+            if key not in known:
                 continue
             history = sorted((metric.step, metric.value) for metric in client.get_metric_history(run_id, key))
             every = max(1, len(history) // points)
@@ -169,13 +173,6 @@ def read_loss_curves(run_id: str, points: int = 200) -> dict[str, list[tuple[int
     except MlflowException as error:
         logger.warning("No loss curve for run %s: %s", run_id, error)
     return curves
-
-
-CURVES = {
-    "training loss": ("train/loss", "loss", "train_loss"),
-    "validation loss": ("validation/loss", "val/loss", "val_loss"),
-    "bits per byte": ("validation/bits_per_byte", "val/bits_per_byte", "bits_per_byte"),
-}
 
 
 def describe_run(run_id: str) -> str:

@@ -5,31 +5,33 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-Curve = Sequence[Sequence[float]]  # points of (step, nats per token)
+Curve = Sequence[Sequence[float]]  # points that begin with (step, nats per token)
 
 
-def draw_loss(training: Curve, validation: Curve, *, title: str, bytes_per_token: float) -> bytes:
-    """Return a PNG; the right-hand axis reads the same curves in bits per byte."""
-    from matplotlib.figure import Figure  # slow to import, and of many workers one needs it
+def draw_loss(training: Curve, validation: Curve, *, title: str) -> bytes:
+    """Return a PNG; a validation point goes on with bits per byte, which the axis on the right reads.
+
+    The two scales differ by a factor that is exact for the held-out text and nearly so for the training text.
+    """
+    # Slow to import, and of many workers one needs it.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     marker = "o" if len(validation) <= 60 else ""
+    name = f"validation ({validation[-1][2]:.3f} bits per byte)" if validation else "validation"
     axes.plot(*_columns(training), color="red", linewidth=1.0, alpha=0.8, label="training")
-    axes.plot(*_columns(validation), color="blue", linewidth=1.8, label="validation", marker=marker, markersize=3.5)
+    axes.plot(*_columns(validation), color="blue", linewidth=1.8, label=name, marker=marker, markersize=3.5)
     axes.set(xlabel="step (optimizer updates)", ylabel="loss (nats per token)", title=title)
     axes.set_ylim(*_limits(training, validation))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")
-    to_bits = 1 / (math.log(2) * bytes_per_token)
-    right = axes.secondary_yaxis("right", functions=(_times(to_bits), _times(1 / to_bits)))
-    right.set_ylabel("bits per byte")
     if validation:
-        step, loss = validation[-1]
-        axes.annotate(
-            f"{loss * to_bits:.3f} bits per byte",
-            (step, loss), xytext=(-8, 14), textcoords="offset points", ha="right", color="blue",
-        )  # fmt: skip
+        to_bits = validation[-1][2] / validation[-1][1]
+        right = axes.secondary_yaxis("right", functions=(_times(to_bits), _times(1 / to_bits)))
+        right.set_ylabel("bits per byte")
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()

@@ -319,7 +319,7 @@ def finish(
             files[f"checkpoint/{name}"] = output.write_bytes(f"checkpoint/{name}", (checkpoint / name).read_bytes())
         last = next(name for name, _ in store.whole())
         progress = Progress.load(store.fetch(last, Path(folder) / last))
-    picture = progress.draw(config, job.bytes_per_token)
+    picture = progress.draw(config.name)
     files["loss.png"] = output.write_bytes("loss.png", picture)
     files["config.yaml"] = output.write_text("config.yaml", to_yaml(config))
     with Tracker(job.tracking_uri, job.mlflow_run_id, unsent=result["unsent"], resumed=True) as tracker:
@@ -360,7 +360,7 @@ class Progress:
     best_step: int = 0
     best_bits_per_byte: float = math.inf
     training: list[list[float]] = field(default_factory=list)  # points of (step, nats per token)
-    validation: list[list[float]] = field(default_factory=list)
+    validation: list[list[float]] = field(default_factory=list)  # points of (step, nats per token, bits per byte)
     seconds: dict[str, float] = field(default_factory=dict)  # wall clock by activity
     saved: float = 0.0  # Unix time
     restarts: list[dict[str, Any]] = field(default_factory=list)
@@ -377,10 +377,8 @@ class Progress:
     def copy(self) -> "Progress":
         return Progress(**json.loads(json.dumps(asdict(self))))
 
-    def draw(self, config: Config, bytes_per_token: float) -> bytes:
-        return draw_loss(
-            self.training, self.validation, title=f"{config.name}, step {self.step:,}", bytes_per_token=bytes_per_token
-        )
+    def draw(self, name: str) -> bytes:
+        return draw_loss(self.training, self.validation, title=f"{name}, step {self.step:,}")
 
     def note_restart(self, workers: int, why: str) -> None:
         """Keep a record of going on from this checkpoint, and of what ended the work before."""
@@ -779,7 +777,7 @@ class Report:
         is_best = score.bits_per_byte < progress.best_bits_per_byte
         if is_best and progress.step > 0:
             progress.best_bits_per_byte, progress.best_step = score.bits_per_byte, progress.step
-        progress.validation.append([progress.step, score.nats_per_token])
+        progress.validation.append([progress.step, score.nats_per_token, score.bits_per_byte])
         metrics = {
             "validation/loss": score.nats_per_token,
             "validation/bits_per_byte": score.bits_per_byte,
@@ -795,8 +793,8 @@ class Report:
             prompt, continuation = next(iter(samples.items()))
             if progress.step > 0:
                 self._say("  sample: " + " ".join((prompt + continuation).split())[:100])
-        frozen, config, job = progress.copy(), self._job.config, self._job
-        self._tracker.log_drawing("loss.png", lambda: frozen.draw(config, job.bytes_per_token))
+        frozen, name = progress.copy(), self._job.config.name
+        self._tracker.log_drawing("loss.png", lambda: frozen.draw(name))
 
     def is_save_due(self) -> bool:
         minutes = self._options.checkpoint_every_minutes

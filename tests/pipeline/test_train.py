@@ -169,7 +169,7 @@ def test_changed_config_under_an_old_name_is_refused_with_the_difference(storage
 
 
 def test_loss_plot_is_red_and_blue(tmp_path: Path) -> None:
-    picture = train.Progress(training=[[1, 5.0], [2, 4.0]], validation=[[0, 5.5], [2, 4.2]]).draw(tiny_config("x"), 4.0)
+    picture = train.Progress(training=[[1, 5.0], [2, 4.0]], validation=[[0, 5.5, 2.7], [2, 4.2, 2.1]]).draw("tiny")
     (tmp_path / "loss.png").write_bytes(picture)
     pixels = imread(tmp_path / "loss.png")[..., :3]
     assert ((pixels[..., 0] > 0.9) & (pixels[..., 1:].max(-1) < 0.4)).any()

@@ -1,0 +1,89 @@
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from jobs import cluster
+from jobs.cluster import Cluster
+
+
+@pytest.fixture
+def sleeper():
+    """A process that has a child of its own."""
+    code = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)']);"
+    process = subprocess.Popen([sys.executable, "-c", code + "print('up', flush=True); time.sleep(300)"], stdout=-1)
+    assert process.stdout is not None
+    process.stdout.readline()
+    yield psutil.Process(process.pid)
+    process.kill()
+    process.communicate()
+
+
+def test_its_files_are_private_and_its_ports_its_own(tmp_path: Path) -> None:
+    one, two = Cluster(tmp_path / "one"), Cluster(tmp_path / "two")
+    states = [each.create(workers=2, cpus=2) for each in (one, two)]
+    for name in ("token", "keys.json", "environment", "cluster.json"):
+        assert stat.S_IMODE((tmp_path / "one" / name).stat().st_mode) == 0o600, name
+    assert not set(states[0].ports.values()) & set(states[1].ports.values())
+    assert states[0].network != states[1].network
+    assert len({states[0].address(node) for node in states[0].nodes}) == 3
+    assert (tmp_path / "one/token").read_text() != (tmp_path / "two/token").read_text()
+    assert one.load() == states[0]
+    for each in (one, two):
+        assert each.down() == []
+    assert one.load() is None
+    assert not Path(states[0].scratch).exists()
+
+
+def test_the_environment_file_is_what_a_shell_reads(tmp_path: Path) -> None:
+    own = Cluster(tmp_path)
+    state = own.create(workers=1, cpus=1)
+    command = f". {tmp_path}/environment && env"
+    shown = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True).stdout
+    for name, value in own.environment(state).items():
+        assert f"{name}={value}" in shown.splitlines()
+    own.down()
+
+
+def test_a_process_is_ended_with_its_children_and_no_other(tmp_path: Path, sleeper: psutil.Process) -> None:
+    own = Cluster(tmp_path)
+    state = own.create(workers=1, cpus=1)
+    child = sleeper.children()[0]
+    state.processes["s3"] = {"pid": sleeper.pid, "created": sleeper.create_time()}
+    # A process id that another process has by now: the cluster started its own long before that one.
+    state.processes["mlflow"] = {"pid": os.getpid(), "created": psutil.Process().create_time() - 100}
+    own.save(state)
+    assert own.down() == ["s3"]
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    assert psutil.pid_exists(os.getpid())
+
+
+def test_what_does_not_run_cannot_be_killed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cluster.main(["kill", "worker-1", "--folder", str(tmp_path)]) == 2
+    assert "'worker-1' does not run" in capsys.readouterr().err
+
+
+def test_without_a_cluster_status_and_down_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cluster.main(["status", "--folder", str(tmp_path)]) == 0
+    assert cluster.main(["down", "--folder", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "No cluster runs here; `make cluster` starts one.\nended: nothing was running\n"
+
+
+def test_without_postgresql_it_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(()))
+    with pytest.raises(ValueError, match="apt-get install postgresql"):
+        cluster._postgresql_binaries()
+
+
+def test_a_server_that_dies_while_starting_is_told_with_its_last_words(tmp_path: Path) -> None:
+    own = Cluster(tmp_path)
+    state = own.create(workers=1, cpus=1)
+    own.start(state, "s3", [sys.executable, "-c", "raise SystemExit('no room')"], dict(os.environ))
+    with pytest.raises(ValueError, match=r"(?s)s3 ended while it was starting.*no room"):
+        cluster._wait(state, "s3", lambda: False, own.log("s3"))
+    own.down()

@@ -1,0 +1,203 @@
+"""The application on Ray Serve itself: its proxy, its replicas, and what happens when one of them is killed."""
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from pipeline.config import ServeConfig
+from tests.pipeline.tiny_registry import TinyRegistry
+
+APP = "tiny-endpoint"
+LONG: dict[str, Any] = {"prompt": "Return", "max_tokens": 1000, "logit_bias": {"399": -100}}
+
+
+@pytest.fixture(scope="module")
+def registry(tiny_registry: TinyRegistry) -> TinyRegistry:
+    """Versions with a context long enough for answers that last a second."""
+    tiny_registry.current()
+    version = tiny_registry.add_version(seed=4, context_length=1100)
+    tiny_registry.move_alias("long", version)
+    return tiny_registry
+
+
+@pytest.fixture(scope="module")
+def url(ray_session: None) -> Iterator[str]:
+    """Serve's proxy on a free port."""
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def endpoint(url: str, registry: TinyRegistry) -> Iterator[str]:
+    """Two replicas of the application."""
+    from ray import serve
+
+    from pipeline.serve import bind_app
+
+    settings = ServeConfig(
+        versions=["long"], replicas=2, cpus_per_replica=0.5, threads=1, weights="float32", watch_seconds=0.5
+    )
+    serve.run(bind_app(registry.name, settings, registry.tracking_uri), name=APP, route_prefix="/")
+    yield url
+    serve.delete(APP)
+
+
+@pytest.fixture
+def http(endpoint: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=endpoint, timeout=60, limits=httpx.Limits(max_keepalive_connections=0)) as client:
+        yield client
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "It did not happen in time."
+        time.sleep(0.05)
+
+
+def replica_pids() -> list[int]:
+    """The processes of this application's replicas, on this machine and under this Ray session."""
+    title = f"ServeReplica:{APP}:"
+    own = psutil.Process().children(recursive=True)
+    return [each.pid for each in own if title in " ".join(each.cmdline()) or title in each.name()]
+
+
+def running_sequences(http: httpx.Client) -> float:
+    lines = http.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("gpt_running_sequences{"))
+
+
+def test_openai_client_through_the_proxy(endpoint: str) -> None:
+    with openai.OpenAI(base_url=f"{endpoint}/v1", api_key="none", max_retries=0) as client:
+        asked: dict[str, Any] = {"model": "tiny", "prompt": "Return a new", "max_tokens": 30, "seed": 1}
+        whole = client.completions.create(**asked)
+        pieces = list(client.completions.create(**asked, stream=True))
+        assert "".join(piece.choices[0].text for piece in pieces) == whole.choices[0].text
+        assert [model.id for model in client.models.list()] == ["tiny", "tiny@long"]
+        with pytest.raises(openai.BadRequestError, match="room for"):
+            client.completions.create(model="tiny", prompt="x", max_tokens=1_000_000)
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model="none", prompt="x")
+
+
+def test_a_stream_comes_as_it_is_made(http: httpx.Client) -> None:
+    times = []
+    with http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as answer:
+        assert answer.headers["x-model-version"]
+        times = [time.monotonic() for line in answer.iter_lines() if line.startswith("data: {")]
+    assert len(times) > 50
+    assert times[-1] - times[0] > 10 * (times[1] - times[0]) / 2
+
+
+def test_metrics_are_of_all_replicas(http: httpx.Client) -> None:
+    for _ in range(8):
+        http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2})
+
+    def replicas() -> int:
+        lines = http.get("/metrics").text.splitlines()
+        return len([line for line in lines if line.startswith("gpt_running_sequences{")])
+
+    until(lambda: replicas() == 2)
+
+
+def test_leaving_frees_the_place(http: httpx.Client) -> None:
+    for stream in (True, False):
+        with contextlib.suppress(httpx.ReadTimeout):
+            asked = http.stream("POST", "/v1/completions", json=LONG | {"stream": stream}, timeout=0.5)
+            with asked as answer:
+                next(answer.iter_bytes())
+        until(lambda: running_sequences(http) == 0, seconds=5)
+
+
+def test_alias_moves_on_every_replica(http: httpx.Client, registry: TinyRegistry) -> None:
+    before = http.get("/v1/models").json()["data"][0]["version"]
+    version = registry.add_version(seed=5, context_length=1100)
+    statuses, ends = [], threading.Event()
+
+    def ask() -> None:
+        with httpx.Client(base_url=str(http.base_url), timeout=60) as client:
+            while not ends.is_set():
+                statuses.append(client.post("/v1/completions", json={"prompt": "x", "max_tokens": 30}).status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        registry.move_alias("long", version)
+        until(lambda: {http.get("/v1/models").json()["data"][0]["version"] for _ in range(10)} == {version})
+    finally:
+        ends.set()
+        for thread in threads:
+            thread.join(30)
+    assert before != version
+    assert set(statuses) == {200}
+
+
+def test_killed_replica_costs_only_its_running_requests(http: httpx.Client, endpoint: str) -> None:
+    until(lambda: len(replica_pids()) == 2)
+    results: list[str] = []
+
+    def ask(stream: bool) -> None:
+        with httpx.Client(base_url=endpoint, timeout=60) as client:
+            try:
+                if not stream:
+                    results.append(str(client.post("/v1/completions", json=LONG).status_code))
+                    return
+                with client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as answer:
+                    lines = [line for line in answer.iter_lines() if line]
+                complete = answer.status_code == 200 and lines[-1:] == ["data: [DONE]"]
+                results.append("200" if complete else f"broken {answer.status_code} {lines[-1:]}")
+            except httpx.HTTPError as error:
+                results.append(type(error).__name__)
+
+    threads = [threading.Thread(target=ask, args=(number % 2 == 0,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    until(lambda: running_sequences(http) >= 4, seconds=20)
+    os.kill(replica_pids()[0], signal.SIGKILL)
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "A request hangs."
+    assert len(results) == 8
+    assert results.count("200") >= 2, results  # the other replica's
+    errors = [result for result in results if result != "200"]
+    assert all(error in ("500", "503", "RemoteProtocolError", "ReadError") for error in errors), errors
+    until(lambda: len(replica_pids()) == 2, seconds=60)
+    until(lambda: http.get("/readyz").status_code == 200)
+
+
+def test_draining_finishes_what_was_begun(url: str, endpoint: str) -> None:
+    """The application is taken down while streams run; they end as they would have."""
+    from ray import serve
+
+    def ask(_: int) -> str:
+        with httpx.stream("POST", f"{endpoint}/v1/completions", json=LONG | {"stream": True}, timeout=60) as answer:
+            begun.release()
+            return [line for line in answer.iter_lines() if line][-1]
+
+    begun = threading.Semaphore(0)
+    with ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(ask, number) for number in range(3)]
+        for _ in asked:
+            begun.acquire(timeout=30)
+        serve.delete(APP)
+        assert [each.result() for each in asked] == ["data: [DONE]"] * 3
+    assert httpx.get(f"{url}/healthz").status_code == 404

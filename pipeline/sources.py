@@ -35,7 +35,7 @@ from pipeline.artifacts import filesystem_of
 from pipeline.config import SourceConfig
 
 FORMAT_OF_ENDING = {
-    **dict.fromkeys((".txt", ".text", ".md"), "txt"),
+    **dict.fromkeys((".txt", ".text"), "txt"),
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
     ".parquet": "parquet",
     **dict.fromkeys((".warc", ".wet"), "warc"),
@@ -215,9 +215,10 @@ def slices(source: SourceConfig, slice_bytes: int) -> list[Slice]:
                 if collected >= slice_bytes or row_group == len(footers[file.url]) - 1:
                     add((file.url,), "parquet", collected, start=start, stop=row_group + 1)
                     start, collected = row_group + 1, 0
-        elif file.text_bytes < slice_bytes * 2 or not (can_seek or file.format == "tar"):
+        elif file.text_bytes <= slice_bytes or not (can_seek or file.format == "tar"):
             # Small files share a slice. A large one that is a single document, or a WARC, is a slice of its own.
-            if group and (group[0].format != file.format or sum(f.text_bytes for f in group) >= slice_bytes):
+            collected = int(sum(each.text_bytes for each in group))
+            if group and (group[0].format != file.format or collected + file.text_bytes > slice_bytes):
                 close_group()
             group.append(file)
         elif file.compression or file.format == "tar":
@@ -246,13 +247,14 @@ def _read_footers(files: list[File], column: str) -> dict[str, list[int]]:
         names = metadata.schema.to_arrow_schema().names
         if column not in names:
             raise ValueError(f"{file.url} has no column {column!r}; it has {', '.join(names)}. Set source.text_column.")
-        index = (
-            [metadata.row_group(0).column(i).path_in_schema for i in range(metadata.num_columns)].index(column)
-            if (metadata.num_row_groups)
-            else 0
-        )
+        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
         return [
-            metadata.row_group(group).column(index).total_uncompressed_size for group in range(metadata.num_row_groups)
+            sum(
+                chunk.total_uncompressed_size
+                for chunk in map(group.column, range(metadata.num_columns))
+                if chunk.path_in_schema.split(".")[0] == column
+            )
+            for group in groups
         ]
 
     with ThreadPoolExecutor(max_workers=16) as pool:
@@ -364,43 +366,35 @@ def _parse_jsonl(stream: IO[bytes], source: SourceConfig, where: str, start: int
     if start:
         stream.seek(start - 1)
         start += len(stream.readline()) - 1
-    is_first = True
+    columns: set[str] = set()
     for line in stream:
         if 0 <= stop <= start:
-            return
+            break
         start += len(line)
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except UnicodeDecodeError:
-            text, note = _decode(line, source, where)
-            try:
-                row = json.loads(text or "null")
-            except json.JSONDecodeError:
-                row, note = None, NOT_JSON
-            if row is None:
-                yield None, note
-                continue
-            yield _value(row, source, where, is_first)[0], note
-            is_first = False
+        written, note = _decode(line, source, where)
+        if written is None:
+            yield None, note
             continue
-        except json.JSONDecodeError:
+        try:
+            row = json.loads(written.removeprefix("\ufeff"))
+        except (ValueError, RecursionError):
             yield None, NOT_JSON
             continue
-        text, note = _value(row, source, where, is_first)
-        is_first = False
-        if text is not None and b"\\u" in line:
-            text, note = _without_surrogates(text, source, where)
-        yield text, note
-
-
-def _value(row: Any, source: SourceConfig, where: str, is_first: bool) -> Document:
-    if is_first and (not isinstance(row, dict) or source.text_column not in row):
-        found = f"it has {', '.join(row) or 'none'}" if isinstance(row, dict) else "its lines are no objects"
-        raise ValueError(f"{where} has no column {source.text_column!r}; {found}. Set source.text_column.")
-    text = row.get(source.text_column) if isinstance(row, dict) else None
-    return (text, "") if isinstance(text, str) else (None, NO_TEXT)
+        columns.update(row if isinstance(row, dict) else ())
+        text = row.get(source.text_column) if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            yield None, NO_TEXT
+            continue
+        if b"\\u" in line:
+            mended, why = _without_surrogates(text, source, where)
+            yield mended, why or note
+        else:
+            yield text, note
+    if columns and source.text_column not in columns:
+        found = ", ".join(sorted(columns))
+        raise ValueError(f"{where} has no column {source.text_column!r}; it has {found}. Set source.text_column.")
 
 
 def _parse_blocks(stream: IO[bytes], source: SourceConfig, where: str, start: int, stop: int) -> Iterator[Document]:
@@ -475,6 +469,15 @@ def _parse_member(blob: bytes, source: SourceConfig, where: str) -> Iterator[Doc
         yield _decode(content, source, where)
 
 
+_TEXT_TYPES = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+)
+
+
 def _read_parquet(part: Slice, source: SourceConfig) -> Iterator[Document]:
     (url,) = part.files
     filesystem, path = _filesystem(url)
@@ -482,7 +485,9 @@ def _read_parquet(part: Slice, source: SourceConfig) -> Iterator[Document]:
         file = pq.ParquetFile(handle, pre_buffer=False)
         for group in range(part.start, part.stop):
             column = file.read_row_group(group, columns=[source.text_column]).column(0)
-            if not pa.types.is_string(column.type) and not pa.types.is_large_string(column.type):
+            if pa.types.is_dictionary(column.type):
+                column = column.cast(column.type.value_type)
+            if not any(is_text(column.type) for is_text in _TEXT_TYPES):
                 raise ValueError(f"The column {source.text_column!r} of {url} holds {column.type}, not text.")
             for chunk in column.chunks:
                 # As bytes: a file may claim UTF-8 and not hold it.

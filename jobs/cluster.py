@@ -36,6 +36,7 @@ from jobs.command import ENVIRONMENT
 
 FOLDER = Path("artifacts/cluster")
 BUCKET = "gpt"
+AGENT_PORT = 52365  # Ray's default; each node has it on an address of its own
 START_SECONDS = 300  # ten times what a quiet machine takes
 # Room for shuffles and weights of a demo; what does not fit spills to disk.
 OBJECT_STORE_BYTES = 400_000_000
@@ -116,7 +117,10 @@ class Cluster:
             self.start(state, node, [*ray, *arguments], environment)
             if node == "head":
                 _wait(state, node, lambda: self.alive_nodes(state) >= 1, self.log(node))
-        _wait(state, state.nodes[-1], lambda: self.alive_nodes(state) == len(state.nodes), self.log(state.nodes[-1]))
+        for node in state.nodes:
+            # A node can do its part when its agent answers; the head's is what starts jobs.
+            agent = f"http://{state.address(node)}:{AGENT_PORT}/api/local_raylet_healthz"
+            _wait(state, node, lambda agent=agent: _answers(agent), self.log(node))  # type: ignore[misc]
         _wait(state, "mlflow", lambda: _answers(f"http://{host}:{ports['mlflow']}/health"), self.log("mlflow"))
         return state
 

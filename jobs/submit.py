@@ -16,6 +16,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
+HEAD_SECONDS = 60.0
 JOBS = ("pipeline", "tokenizer", "prepare", "train", "evaluate", "register", "serve", "generate", "preflight")
 
 
@@ -109,16 +111,26 @@ def connect(address: str) -> "JobSubmissionClient":
 def submit(client: "JobSubmissionClient", config: "Config", job: str, arguments: Sequence[str]) -> str:
     """Send the working tree (less what .gitignore and .rayignore name) and start the job; return its id."""
     moment = datetime.now(UTC).strftime("%m%d-%H%M%S")
-    return client.submit_job(
-        entrypoint=shlex.join(["python", "-m", f"jobs.{job}", *arguments]),
-        submission_id=f"{config.name}-{job}-{moment}",
-        runtime_env={
-            "working_dir": str(ROOT),
-            # .git stays at home, and the runs in MLflow should still name their commit.
-            "env_vars": {"GIT_COMMIT": git_commit(ROOT), "PYTHONUNBUFFERED": "1"},
-        },
-        metadata={"pipeline": config.name, "job": job},
-    )
+    deadline = time.monotonic() + HEAD_SECONDS
+    while True:
+        try:
+            return client.submit_job(
+                entrypoint=shlex.join(["python", "-m", f"jobs.{job}", *arguments]),
+                submission_id=f"{config.name}-{job}-{moment}",
+                runtime_env={
+                    "working_dir": str(ROOT),
+                    # .git stays at home, and the runs in MLflow should still name their commit.
+                    "env_vars": {"GIT_COMMIT": git_commit(ROOT), "PYTHONUNBUFFERED": "1"},
+                },
+                metadata={"pipeline": config.name, "job": job},
+            )
+        except RuntimeError as error:
+            # A head that has only just started answers before it can run jobs.
+            if "No available agent" not in str(error):
+                raise
+            if time.monotonic() > deadline:
+                raise ValueError("The cluster's head runs no jobs; look into its logs, or start it again.") from None
+            time.sleep(2)
 
 
 def follow(client: "JobSubmissionClient", job: str, address: str) -> int:

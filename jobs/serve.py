@@ -7,6 +7,7 @@ On a cluster: `serve deploy` of a file made by `serve build jobs.serve:app -o se
 """
 
 import argparse
+import logging
 import signal
 import sys
 import time
@@ -37,6 +38,8 @@ def serving(config: "Config") -> Iterator[str]:
     """Serve inside the `with`, in the Ray session that is already there; gives the address."""
     from pipeline.serve import deploy, take_down
 
+    # Importing Serve gives its logger a level of its own; --verbose decides for all of Ray's.
+    logging.getLogger("ray.serve").setLevel(logging.getLogger("ray").level)
     address = deploy(config)
     try:
         yield address

@@ -106,6 +106,10 @@ class Cluster:
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
         ray += [f"--num-cpus={state.cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
         gcs = f"{host}:{ports['gcs']}"
+        if state.process("head") is None:
+            # Nodes belong to the head that they joined; a new one starts with none.
+            joined = (state.process(node) for node in state.nodes[1:])
+            end_processes([process for process in joined if process is not None], signal.SIGKILL)
         for node in state.nodes:
             arguments = [f"--node-ip-address={state.address(node)}", f"--temp-dir={scratch / node}"]
             arguments += [f"--node-name={node}"]
@@ -121,6 +125,7 @@ class Cluster:
             # A node can do its part when its agent answers; the head's is what starts jobs.
             agent = f"http://{state.address(node)}:{AGENT_PORT}/api/local_raylet_healthz"
             _wait(state, node, lambda agent=agent: _answers(agent), self.log(node))  # type: ignore[misc]
+        _wait(state, "head", lambda: self.alive_nodes(state) >= len(state.nodes), self.log("head"))
         _wait(state, "mlflow", lambda: _answers(f"http://{host}:{ports['mlflow']}/health"), self.log("mlflow"))
         return state
 

@@ -137,6 +137,18 @@ def test_two_pipelines_survive_the_loss_of_nodes_and_of_mlflow(running: RunningC
     assert weights["one"] == weights["first"], "the same weights, whatever was killed"
 
 
+def test_after_the_loss_of_the_head_the_same_command_goes_on(running: RunningCluster, first: str) -> None:
+    job = running.submit("headless", "train.steps=60")
+    running.wait_for(job, "step ")
+    running.cluster.kill("head")
+    running.cluster.up()
+    time.sleep(60)  # the name is the dead run's until a minute after its last word
+    again = running.submit("headless", "train.steps=60")
+    assert running.wait_end(again) == "SUCCEEDED", running.log(again)[-2000:]
+    assert "prepare   done already" in running.log(again)
+    assert running.shard_digests("headless") == running.shard_digests("first")
+
+
 def test_the_endpoint_survives_the_loss_of_a_node(running: RunningCluster, first: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

@@ -61,7 +61,7 @@ def test_killed_rank(undisturbed: Training, monkeypatch: pytest.MonkeyPatch, tmp
     same_as(training, undisturbed)
     assert training.manifest.counts["restarts"] == 1
     [restart] = training.progress().restarts
-    assert restart["step"] == 4
+    assert restart["step"] in (4, 6)  # that of step 6, the best so far, may have been on its way
     assert restart["workers"] == 2
     assert restart["why"]
     assert training.progress().seconds["restart"] > 0

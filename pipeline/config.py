@@ -59,6 +59,7 @@ class TokenizerConfig:
             self.vocabulary_size >= 257,
             "tokenizer.vocabulary_size must be at least 257 (256 bytes and the end of text).",
         )
+        require(self.vocabulary_size <= 2**24, "tokenizer.vocabulary_size can be 16,777,216 at most.")
         require(self.sample_megabytes > 0, "tokenizer.sample_megabytes must be positive.")
 
 
@@ -192,7 +193,16 @@ class RegisterConfig:
     alias: str = setting("champion", "the alias that the new version takes", affects_result=False)
 
     def __post_init__(self) -> None:
-        require(bool(self.alias), "register.alias cannot be empty.")
+        # MLflow's own rules, said before hours of training and not after.
+        require(
+            not set("/:") & set(self.model_name),
+            f"register.model_name is {self.model_name!r}; MLflow allows neither '/' nor ':' in a model's name.",
+        )
+        require(
+            re.fullmatch(r"[\w-]{1,255}", self.alias) is not None
+            and re.fullmatch(r"latest|v\d+", self.alias, re.IGNORECASE) is None,
+            f"register.alias is {self.alias!r}; use letters, digits, '_' and '-', and neither 'latest' nor 'v1'.",
+        )
 
 
 @dataclass(frozen=True)
@@ -259,6 +269,11 @@ class Config:
             f"name is {self.name!r}; use up to 63 lower-case letters, digits, '.', '_' and '-',"
             " starting with a letter or digit.",
         )
+        require(
+            re.match(r"s3://[^/]|file:///|(?!.*:/).", self.storage) is not None,
+            f"storage is {self.storage!r}; use a local folder or s3://bucket/prefix.",
+        )
+        require(0 <= self.seed < 2**63, "seed must be at least 0 and below 2^63.")
 
 
 def load_config(preset: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -288,7 +303,10 @@ def load_config(preset: str | Path | None, overrides: list[str] | tuple[str, ...
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "a setting"
-        raise ValueError(f"{key}: {str(error).splitlines()[0]}.") from None
+        sentence = str(error).splitlines()[0].rstrip(".")
+        if "not a ListConfig" in sentence:
+            sentence = f"it takes a list; write {key}=[first,second]"
+        raise ValueError(f"{key}: {sentence}.") from None
     except yaml.YAMLError as error:
         raise ValueError(f"Not valid YAML: {' '.join(str(error).split())}.") from None
     assert isinstance(config, Config)
@@ -339,8 +357,10 @@ def _flatten(tree: dict[Any, Any], prefix: str = "") -> list[str]:
 def _check_key(key: str) -> None:
     known = [row[0] for row in describe_settings()]
     sections = {row.partition(".")[0] for row in known if "." in row}
-    if key in known or key in sections:
+    if key in known:
         return
+    if key in sections:
+        raise ValueError(f"{key} is a section; give its settings values: {key}.<setting>=<value>, or nested in YAML.")
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     hint = f" Did you mean {near[0]!r}?" if near else " See --help for all of them."
     raise ValueError(f"There is no setting {key!r}.{hint}")

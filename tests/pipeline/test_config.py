@@ -35,6 +35,15 @@ def test_the_resolved_config_reads_back_as_itself(tmp_path):
         ("source.kind=web", "it can be python-docs, files"),
         ("source.kind=files", "needs source.paths"),
         ("model.family=mamba", "it can be modern or classic"),
+        ("train=5", "train is a section"),
+        ("seed=-1", "seed must be at least 0"),
+        ("storage=gs://bucket", "use a local folder or s3://bucket/prefix"),
+        ("storage=s3://", "use a local folder or s3://bucket/prefix"),
+        ("evaluate.prompts=hello", "it takes a list; write evaluate.prompts=[first,second]"),
+        ("tokenizer.vocabulary_size=99999999999", "at most"),
+        ("register.model_name=a/b", "MLflow allows neither"),
+        ("register.alias=latest", "neither 'latest' nor 'v1'"),
+        ("register.alias=V3", "neither 'latest' nor 'v1'"),
     ],
 )
 def test_a_bad_setting_is_one_sentence(override, sentence):

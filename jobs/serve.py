@@ -28,9 +28,9 @@ def app(arguments: dict[str, Any]) -> "serve.Application":
     """What `serve run`, `serve build` and `serve deploy` call; the arguments are a preset and settings over it."""
     set_environment()
     from pipeline.config import load_config
-    from pipeline.serve import build_app, settings_of
+    from pipeline.serve import describe_app, settings_of
 
-    return build_app(load_config(arguments.get("preset"), settings_of(arguments)))
+    return describe_app(load_config(arguments.get("preset"), settings_of(arguments)))
 
 
 @contextmanager
@@ -50,11 +50,11 @@ def serving(config: "Config") -> Iterator[str]:
 def serve_until_stopped(config: "Config") -> None:
     """Serve until Ctrl-C or SIGTERM; what has begun to be answered is finished."""
     from pipeline.access import read_keys
-    from pipeline.serve import describe_access
+    from pipeline.serve import describe_access, model_name
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with serving(config) as address:
-        name = config.register.model_name or config.name
+        name = model_name(config)
         print(
             f"\nserving       {', '.join(f'{name}@{selector}' for selector in config.serve.versions)}\n"
             f"playground    {address}/\n"

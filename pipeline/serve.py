@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import mlflow
+import ray
 import torch
 from fastapi import FastAPI
 from ray import serve
@@ -23,6 +24,7 @@ from ray.serve.schema import LoggingConfig
 from model.engine import EngineSettings
 from pipeline import registry, tracking
 from pipeline.access import Access, ApiKey, is_local_host, read_keys
+from pipeline.artifacts import resolve_storage
 from pipeline.config import Config, ServeConfig
 from pipeline.endpoints import build_api
 from pipeline.served_models import ServedModels
@@ -43,7 +45,8 @@ class CompletionServer:
     ) -> None:
         tracking.fail_soon()
         mlflow.set_tracking_uri(tracking_uri)
-        if settings.threads or not torch.cuda.is_available():
+        device = choose_device(settings)
+        if settings.threads or device.type == "cpu":
             torch.set_num_threads(settings.threads or os.cpu_count() or 1)
         context = serve.get_replica_context()
         self.deadline_seconds = settings.deadline_seconds
@@ -56,7 +59,7 @@ class CompletionServer:
             engine_settings(settings),
             self.metrics,
             max_active=settings.max_batch_size + settings.max_queue,
-            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            device=device,
             probe_tolerance=settings.probe_tolerance,
             drain_seconds=settings.deadline_seconds,
         )
@@ -94,6 +97,15 @@ class CompletionServer:
         await self.models.close()
 
 
+def choose_device(settings: ServeConfig) -> torch.device:
+    """A GPU where the settings reserve one; never one that other work was given."""
+    if not settings.gpus_per_replica:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("serve.gpus_per_replica asks for a GPU, and torch finds none here.")
+    return torch.device("cuda")
+
+
 def engine_settings(settings: ServeConfig) -> EngineSettings:
     return EngineSettings(
         max_batch_size=settings.max_batch_size,
@@ -105,15 +117,25 @@ def engine_settings(settings: ServeConfig) -> EngineSettings:
 
 
 def build_app(config: Config) -> serve.Application:
-    """Describe the application; nothing is loaded before Serve starts its replicas.
+    """Describe the application; the registry is asked, but nothing is loaded before Serve starts its replicas.
 
     Raises `ValueError` where the registry has no such model or version.
     """
     tracking_uri = tracking.connect(config)
-    name = config.register.model_name or config.name
     for selector in config.serve.versions:
-        registry.resolve(name, selector)
-    return bind_app(name, config.serve, tracking_uri, read_keys())
+        registry.resolve(model_name(config), selector)
+    return bind_app(model_name(config), config.serve, tracking_uri, read_keys())
+
+
+def describe_app(config: Config) -> serve.Application:
+    """Describe the application from the settings alone: `serve build` may run where no registry can be reached."""
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{resolve_storage(config.storage)}/mlflow.db"
+    return bind_app(model_name(config), config.serve, tracking_uri, read_keys())
+
+
+def model_name(config: Config) -> str:
+    """The registered model's name: as set, or the pipeline's."""
+    return config.register.model_name or config.name
 
 
 def bind_app(name: str, settings: ServeConfig, tracking_uri: str, keys: tuple[ApiKey, ...] = ()) -> serve.Application:
@@ -151,6 +173,7 @@ def deploy(config: Config, app_name: str = "") -> str:
     """
     app = build_app(config)
     host = choose_host(config.serve, read_keys())
+    check_room(config.serve)
     if not serve_is_up():
         check_port(host, config.serve.port)
         serve.start(http_options=HTTPOptions(host=host, port=config.serve.port))
@@ -168,6 +191,17 @@ def choose_host(settings: ServeConfig, keys: tuple[ApiKey, ...]) -> str:
     if keys or settings.open_access or is_local_host(settings.host):
         return settings.host
     return "127.0.0.1"
+
+
+def check_room(settings: ServeConfig) -> None:
+    """Raise `ValueError` where the cluster is too small for the replicas: Serve would wait for ever."""
+    there = ray.cluster_resources()
+    for name, each in (("CPU", settings.cpus_per_replica), ("GPU", settings.gpus_per_replica)):
+        if settings.replicas * each > there.get(name, 0):
+            raise ValueError(
+                f"{settings.replicas} replicas with {each:g} {name}s each do not fit in the Ray cluster, which has"
+                f" {there.get(name, 0):g}; change serve.replicas or serve.{name.lower()}s_per_replica."
+            )
 
 
 def check_port(host: str, port: int) -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from mlflow.exceptions import MlflowException
 
 from model.engine import Engine, EngineSettings
 from pipeline import registry
@@ -137,7 +136,7 @@ class ServedModels:
         """Bring one seat up to what its alias means now; on any trouble the version there stays."""
         try:
             record = await asyncio.to_thread(registry.resolve, self.name, seat.selector)
-        except (ValueError, MlflowException, OSError) as error:
+        except Exception as error:  # the store may be away in many ways; the next look may find it
             logger.warning("The registry does not say what %s is now: %s", self.model_id(seat.selector), error)
             return
         if record.version == seat.version.record.version:

@@ -70,5 +70,5 @@ def test_every_setting_says_what_it_means():
 
 
 def test_what_does_not_change_the_result_stays_out_of_the_fingerprint():
-    assert "port" not in result_settings(load_config(None).serve)
+    assert "cache_folder" not in result_settings(load_config(None).stream)
     assert "steps" in result_settings(load_config(None).train)

@@ -449,23 +449,31 @@ def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
     return 6 * matrices + attention
 
 
-# Logits held at once. A GPU wants large products: 128 MiB in bfloat16. A CPU wants them to stay in its cache.
-CHUNK_LOGITS = {"cpu": 2**22}
+# Logits held at once. A GPU wants large products: 128 MiB in bfloat16. A CPU wants them to stay near its cache.
+CHUNK_LOGITS = {"cpu": 2**23}
 DEFAULT_CHUNK_LOGITS = 2**26
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk_tokens: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    chunk_tokens: int | None = None,
+    chunk_gradient: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """Sum of nats of `targets` [N] under the head `weight` [V, C] applied to `hidden` [N, C].
 
     The logits of one chunk of tokens exist at a time. Their gradient is taken on the spot, in the forward
-    pass, so nothing is computed twice: three matrix products per chunk, as without chunks.
+    pass, so nothing is computed twice: three matrix products per chunk, as without chunks. `chunk_gradient` is
+    `cross_entropy_gradient`, or that compiled: all passes over the logits in one or two.
     """
     if chunk_tokens is None:
         chunk_tokens = max(CHUNK_LOGITS.get(hidden.device.type, DEFAULT_CHUNK_LOGITS) // len(weight), 128)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return ChunkedCrossEntropy.apply(hidden, weight, targets, vocab_size, chunk_tokens)
+        return ChunkedCrossEntropy.apply(
+            hidden, weight, targets, vocab_size, chunk_tokens, chunk_gradient or cross_entropy_gradient
+        )
     total = torch.zeros((), device=hidden.device)
     for part, target in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
         logits = F.linear(part, weight)[:, :vocab_size].float()
@@ -476,7 +484,13 @@ def chunked_cross_entropy(
 class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk_tokens: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        chunk_tokens: int,
+        chunk_gradient: Callable[..., tuple[Tensor, Tensor]],
     ) -> Tensor:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -488,9 +502,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             for start in range(0, len(hidden), chunk_tokens):
                 part = hidden[start : start + chunk_tokens].to(dtype)
                 target = targets[start : start + chunk_tokens]
-                nats, gradient = cross_entropy_gradient(part @ cast_weight.t(), target, vocab_size)
-                total = total + nats
-                hidden_gradient[start : start + chunk_tokens] = gradient @ cast_weight
+                nats, gradient = chunk_gradient(part @ cast_weight.t(), target, vocab_size)
+                total += nats
+                torch.mm(gradient, cast_weight, out=hidden_gradient[start : start + chunk_tokens])
                 if dtype == weight_gradient.dtype:
                     weight_gradient.addmm_(gradient.t(), part)
                 else:
@@ -500,10 +514,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         scale = upstream[0]
-        return (hidden_gradient * scale).to(ctx.hidden_dtype), weight_gradient * scale, None, None, None
+        return (hidden_gradient * scale).to(ctx.hidden_dtype), weight_gradient * scale, None, None, None, None
 
 
 def cross_entropy_gradient(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:

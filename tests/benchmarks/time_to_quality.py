@@ -196,9 +196,8 @@ def main() -> None:
     texts = read_texts(options.text)
     tokenizer = train_bpe(texts, options.vocabulary)
     data = encode(texts, tokenizer)
-    print(
-        f"{len(data[0]):,} training tokens, {options.steps * options.batch_tokens:,} of them seen, vocabulary {tokenizer.vocab_size:,}"
-    )
+    seen = options.steps * options.batch_tokens
+    print(f"{len(data[0]):,} training tokens, {seen:,} of them seen, vocabulary {tokenizer.vocab_size:,}")
 
     rates = [float(rate) for rate in options.learning_rates.split(",")]
     searched = {rate: train("adamw", rate, 0, data, tokenizer, options) for rate in rates}

@@ -36,6 +36,7 @@ from jobs.command import ENVIRONMENT
 
 FOLDER = Path("artifacts/cluster")
 BUCKET = "gpt"
+NODE_ATTEMPTS = 4
 AGENT_PORT = 52365  # Ray's default; each node has it on an address of its own
 START_SECONDS = 300  # ten times what a quiet machine takes
 # Room for shuffles and weights of a demo; what does not fit spills to disk.
@@ -110,6 +111,7 @@ class Cluster:
             # Nodes belong to the head that they joined; a new one starts with none.
             joined = (state.process(node) for node in state.nodes[1:])
             end_processes([process for process in joined if process is not None], signal.SIGKILL)
+        commands = {}
         for node in state.nodes:
             arguments = [f"--node-ip-address={state.address(node)}", f"--temp-dir={scratch / node}"]
             arguments += [f"--node-name={node}"]
@@ -118,13 +120,12 @@ class Cluster:
                 arguments += [f"--dashboard-host={host}", f"--dashboard-port={ports['dashboard']}"]
             else:
                 arguments += [f"--address={gcs}"]
-            self.start(state, node, [*ray, *arguments], environment)
-            if node == "head":
-                _wait(state, node, lambda: self.alive_nodes(state) >= 1, self.log(node))
+            commands[node] = [*ray, *arguments]
+        self.start_node(state, "head", commands["head"], environment)
         for node in state.nodes:
-            # A node can do its part when its agent answers; the head's is what starts jobs.
-            agent = f"http://{state.address(node)}:{AGENT_PORT}/api/local_raylet_healthz"
-            _wait(state, node, lambda agent=agent: _answers(agent), self.log(node))  # type: ignore[misc]
+            self.start(state, node, commands[node], environment)
+        for node in state.nodes:
+            self.start_node(state, node, commands[node], environment)
         _wait(state, "head", lambda: self.alive_nodes(state) >= len(state.nodes), self.log("head"))
         _wait(state, "mlflow", lambda: _answers(f"http://{host}:{ports['mlflow']}/health"), self.log("mlflow"))
         return state
@@ -182,6 +183,21 @@ class Cluster:
             )
         state.processes[name] = {"pid": process.pid, "created": psutil.Process(process.pid).create_time()}
         self.save(state)
+
+    def start_node(self, state: State, node: str, command: Sequence[str], environment: dict[str, str]) -> None:
+        """Start a Ray node and wait until its agent answers; the head's agent is what starts jobs.
+
+        Ray gives a node 30 s to start and then ends it; on a busy machine the second attempt finds it warm.
+        """
+        agent = f"http://{state.address(node)}:{AGENT_PORT}/api/local_raylet_healthz"
+        for attempt in range(1, NODE_ATTEMPTS + 1):
+            self.start(state, node, command, environment)
+            try:
+                _wait(state, node, lambda: _answers(agent), self.log(node))
+                return
+            except ChildProcessError:
+                if attempt == NODE_ATTEMPTS:
+                    raise
 
     def start_postgresql(self, state: State, environment: dict[str, str]) -> str:
         """Start PostgreSQL on a Unix socket only and return its URL for MLflow."""
@@ -335,7 +351,7 @@ def _wait(state: State, name: str, ready: Callable[[], bool], log: Path) -> None
     deadline = time.monotonic() + START_SECONDS
     while not ready():
         if state.process(name) is None:
-            raise ValueError(f"{name} ended while it was starting; the last lines of {log}:\n{_tail(log)}")
+            raise ChildProcessError(f"{name} ended while it was starting; the last lines of {log}:\n{_tail(log)}")
         if time.monotonic() > deadline:
             raise ValueError(f"{name} did not answer in {START_SECONDS} s; see {log}, then try `make cluster` again.")
         time.sleep(0.3)

@@ -84,6 +84,6 @@ def test_a_server_that_dies_while_starting_is_told_with_its_last_words(tmp_path:
     own = Cluster(tmp_path)
     state = own.create(workers=1, cpus=1)
     own.start(state, "s3", [sys.executable, "-c", "raise SystemExit('no room')"], dict(os.environ))
-    with pytest.raises(ValueError, match=r"(?s)s3 ended while it was starting.*no room"):
+    with pytest.raises(ChildProcessError, match=r"(?s)s3 ended while it was starting.*no room"):
         cluster._wait(state, "s3", lambda: False, own.log("s3"))
     own.down()

@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--evaluate-every", type=int, default=20)
     parser.add_argument("--evaluation-tokens", type=int, default=16_384)
-    parser.add_argument("--learning-rates", default="0.001,0.003,0.006,0.012", help="searched for AdamW")
+    parser.add_argument("--learning-rates", default="0.001,0.002,0.004,0.008", help="searched for AdamW")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--plot", type=Path, default=Path(__file__).with_suffix(".png"))

@@ -91,6 +91,7 @@ class Job:
     shards: Artifact
     tokenizer: Artifact
     output: Artifact
+    vocab_size: int
     bytes_per_token: float  # of the training split: turns nats per token into bits per byte
     started: float  # Unix time at which the run first started, restarts included
     tracking_uri: str
@@ -103,7 +104,7 @@ class Job:
 
 def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Manifest:
     """Train to the last step, resuming where an earlier run of the same settings stopped."""
-    bytes_per_token = check_inputs(config, inputs)
+    vocab_size, bytes_per_token = check_inputs(config, inputs)
     facts = open_run(config, inputs, output)
     # Beside the driver: on a worker's node it would die with that node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -113,6 +114,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
         shards=inputs["prepare"],
         tokenizer=inputs["tokenizer"],
         output=output,
+        vocab_size=vocab_size,
         bytes_per_token=bytes_per_token,
         started=facts["started"],
         tracking_uri=facts["tracking_uri"],
@@ -149,8 +151,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
     return manifest
 
 
-def check_inputs(config: Config, inputs: Mapping[str, Artifact]) -> float:
-    """Return the mean bytes of a token; raises `ValueError` for what cannot be trained."""
+def check_inputs(config: Config, inputs: Mapping[str, Artifact]) -> tuple[int, float]:
+    """Return the vocabulary's size and the mean bytes of a token; raises `ValueError` for what cannot be trained."""
     shards = inputs["prepare"].manifest()
     tokenizer = inputs["tokenizer"].manifest()
     assert shards is not None
@@ -184,7 +186,7 @@ def check_inputs(config: Config, inputs: Mapping[str, Artifact]) -> float:
         )
     if counts["val"]["tokens"] < 2 or counts["val"]["bytes"] == 0:
         raise ValueError("The corpus has no held-out text: raise prepare.validation_fraction, or add text.")
-    return counts["train"]["bytes"] / counts["train"]["tokens"]
+    return loaded.vocab_size, counts["train"]["bytes"] / counts["train"]["tokens"]
 
 
 def open_run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> dict[str, Any]:
@@ -380,6 +382,12 @@ class Progress:
     def draw(self, name: str) -> bytes:
         return draw_loss(self.training, self.validation, title=f"{name}, step {self.step:,}")
 
+    def note_score(self, score: "Score") -> None:
+        """Add an evaluation; all ranks do, since all must know which checkpoint is the best."""
+        self.validation.append([self.step, score.nats_per_token, score.bits_per_byte])
+        if self.step > 0 and score.bits_per_byte < self.best_bits_per_byte:
+            self.best_bits_per_byte, self.best_step = score.bits_per_byte, self.step
+
     def note_restart(self, workers: int, why: str) -> None:
         """Keep a record of going on from this checkpoint, and of what ended the work before."""
         self.restarts.append({"step": self.step, "workers": workers, "time": round(time.time()), "why": why})
@@ -394,13 +402,28 @@ class BadLoss(ArithmeticError):
 
 
 def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
-    """Train on one worker from the last checkpoint to the last step; returns what the driver needs to finish."""
+    """Be one of Ray Train's workers; tells the driver at once of what no restart would mend."""
     job: Job = loop_config["job"]
+    try:
+        return train_on_one(job)
+    except ValueError as error:
+        ray.get(job.line.give_up.remote(str(error)))
+        raise
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            ray.get(job.line.give_up.remote(explain_out_of_memory(job, error)))
+        raise
+
+
+def train_on_one(job: Job) -> dict[str, Any]:
+    """Train on one worker from the last checkpoint to the last step; returns what the driver needs to finish."""
     config, options, line = job.config, job.config.train, job.line
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     if rank == 0:
         logging.getLogger("pipeline").addHandler(LineHandler(line))  # warnings reach the person at the driver
+    if ray.get(line.fatal.remote()) is not None:
+        return {}  # no restart would mend what stopped the workers before these
     device = ray.train.torch.get_device()
     precision = choose_precision(options.precision, device)
     set_threads(options.threads_per_worker, context.get_local_world_size())
@@ -434,8 +457,6 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
         optimizer.load_state_dict(load_training_state(resumed)["optimizer"])
         progress = Progress.load(resumed)
     why = agreement.from_rank_0(lambda: ray.get(line.begin.remote(progress.step)))
-    if ray.get(line.fatal.remote()) is not None:
-        return {}  # no restart would mend what stopped the workers before these
     if resumed is not None:
         progress.note_restart(world_size, why)
     clock = TimeSplit(progress.seconds, progress.saved or job.started, "restart" if resumed else "startup")
@@ -446,6 +467,7 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
         """Score the val split on all ranks; rank 0 writes samples and reports."""
         with clock.during("evaluation"):
             score = score_validation(job, module if strategy == "fsdp" else LossModule(model), tokenizer, precision)
+            progress.note_score(score)
             if report is not None:
                 report.evaluated(
                     score, write_samples(config, model, tokenizer, precision) if strategy != "fsdp" else {}
@@ -514,13 +536,6 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
         if report is not None:
             ray.get(line.give_up.remote(report.describe_bad_loss(error, stream.identity(error.step - 1))))
         return {}
-    except ValueError as error:
-        ray.get(line.give_up.remote(str(error)))
-        raise
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            ray.get(line.give_up.remote(explain_out_of_memory(config, tokenizer.vocab_size, error)))
-        raise
     finally:
         gc.enable()
         stream.close()
@@ -655,12 +670,12 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def explain_out_of_memory(config: Config, vocab_size: int, error: RuntimeError) -> str:
-    options = config.train
+def explain_out_of_memory(job: Job, error: RuntimeError) -> str:
+    config, options = job.config, job.config.train
     memory = estimate_memory(
         config.model,
         config.optimizer,
-        vocab_size,
+        job.vocab_size,
         micro_batch_sequences=options.micro_batch_sequences,
         activation_bytes=4 if options.precision == "float32" else 2,
     )
@@ -774,10 +789,6 @@ class Report:
     def evaluated(self, score: Score, samples: dict[str, str]) -> None:
         """Note an evaluation; the first of all is of the untrained model."""
         progress = self._progress
-        is_best = score.bits_per_byte < progress.best_bits_per_byte
-        if is_best and progress.step > 0:
-            progress.best_bits_per_byte, progress.best_step = score.bits_per_byte, progress.step
-        progress.validation.append([progress.step, score.nats_per_token, score.bits_per_byte])
         metrics = {
             "validation/loss": score.nats_per_token,
             "validation/bits_per_byte": score.bits_per_byte,
@@ -786,7 +797,7 @@ class Report:
         self._tracker.log_metrics(metrics, progress.step)
         self._gauges.show(metrics, progress.step)
         words = f"step {progress.step:,}: {score.bits_per_byte:.4f} bits per byte on held-out text"
-        self._say(words + " (the best so far)" * (is_best and progress.step > 0))
+        self._say(words + " (the best so far)" * (progress.step == progress.best_step > 0))
         if samples:
             text = "\n\n".join(f"[{prompt}]{continuation}" for prompt, continuation in samples.items())
             self._tracker.log_text(f"samples/step_{progress.step:08d}.txt", text)

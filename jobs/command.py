@@ -99,6 +99,9 @@ def explain(error: BaseException) -> str | None:
         failures = getattr(found, "worker_failures", None) or {}
         inner = [*failures.values()] + ([cause] if isinstance(cause, BaseException) else []) + [found.__cause__]
         inner = [each for each in inner if each is not None]
+        # botocore's own (no such endpoint, no credentials) are neither; naming its module imports nothing.
+        if type(found).__module__.startswith("botocore."):
+            return f"S3 cannot be used: {' '.join(str(found).split())}"
         if not inner and isinstance(found, (ValueError, OSError, ConnectionError, ModuleNotFoundError)):
             return " ".join(str(found).split())
         waiting += inner

@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pytest
+from botocore.exceptions import EndpointConnectionError
 
 from jobs.command import Command, explain
 
@@ -58,3 +59,8 @@ def test_an_unknown_option_is_refused():
     )
     assert done.returncode == 2
     assert "--turbo" in done.stderr
+
+
+def test_s3_that_cannot_be_reached_is_said_in_one_sentence():
+    error = EndpointConnectionError(endpoint_url="http://127.0.0.1:9/")
+    assert explain(error) == 'S3 cannot be used: Could not connect to the endpoint URL: "http://127.0.0.1:9/"'

@@ -88,7 +88,7 @@ class Engine:
         self.vocab_size = model.vocab_size
         self.context_length = model.config.context_length
         require(
-            tokenizer.vocab_size <= model.vocab_size,
+            tokenizer.vocab_size == model.vocab_size,
             f"The tokenizer has {tokenizer.vocab_size} tokens and the model {model.vocab_size}; they do not match.",
         )
         self.runner = build_runner(model, self.settings)

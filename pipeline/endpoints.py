@@ -231,7 +231,8 @@ async def check(service: Service, body: CompletionRequest, began: float) -> Aske
     requests = []
     for number, prompt in enumerate(prompts):
         max_tokens = choose_max_tokens(body, len(prompt), version.loaded.context_length)
-        settings = body.sampling(max_tokens, version.loaded.tokenizer.vocab_size)
+        tokenizer = version.loaded.tokenizer
+        settings = body.sampling(max_tokens, tokenizer.vocab_size, tokenizer.end_of_text)
         deadline = began + service.deadline_seconds
         requests.append(GenerationRequest(f"{request_id}-{number}", prompt, settings, deadline))
     return Asked(body, model_id, version, prompts, requests, request_id, began)

@@ -112,12 +112,17 @@ class CompletionRequest(Strict):
             if not 0 < len(text) <= 256:
                 raise ApiError(400, "Each stop string must have 1 to 256 characters.", param="stop")
 
-    def sampling(self, max_tokens: int, vocab_size: int) -> SamplingSettings:
+    @property
+    def scores(self) -> bool:
+        """Whether the prompt's log-probabilities are what is asked for; lm-eval sends this, with one token too many."""
+        return bool(self.echo) and self.logprobs is not None and self.max_tokens in (0, 1)
+
+    def sampling(self, max_tokens: int, vocab_size: int, end_of_text: int) -> SamplingSettings:
         """The engine's settings for this request."""
         chosen: dict[str, Any] = {
             "best_of": self.best_of,
             "frequency_penalty": self.frequency_penalty,
-            "logit_bias": self._logit_bias(vocab_size),
+            "logit_bias": self._logit_bias(vocab_size, end_of_text),
             "logprobs": self.logprobs,
             "min_p": self.min_p,
             "n": self.n,
@@ -139,15 +144,16 @@ class CompletionRequest(Strict):
         except ValueError as error:
             raise ApiError(400, str(error)) from None
 
-    def _logit_bias(self, vocab_size: int) -> dict[int, float] | None:
-        if self.logit_bias is None:
-            return None
-        for key in self.logit_bias:
+    def _logit_bias(self, vocab_size: int, end_of_text: int) -> dict[int, float]:
+        biases = self.logit_bias or {}
+        # A scorer drops the last of the lists' entries as the generated token: so there has to be one.
+        kept: dict[int, float] = {end_of_text: -100.0} if self.scores else {}
+        for key in biases:
             if not (key.isascii() and key.isdigit() and int(key) < vocab_size):
                 raise ApiError(
                     400, f"logit_bias names token {key!r}; token ids go from 0 to {vocab_size - 1}.", param="logit_bias"
                 )
-        return {int(key): float(value) for key, value in self.logit_bias.items()}
+        return kept | {int(key): float(value) for key, value in biases.items()}
 
 
 class TokenizeRequest(Strict):

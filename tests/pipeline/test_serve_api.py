@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline import registry
 from pipeline.config import ServeConfig
+from pipeline.openai_api import CompletionRequest
 from tests.pipeline.local_server import LocalServer
 from tests.pipeline.tiny_registry import TinyRegistry, tiny_tokenizer
 
@@ -108,6 +109,13 @@ def test_what_lm_eval_asks_for(http: httpx.Client) -> None:
         assert len(found["token_logprobs"]) == len(tokens) + 1
         for logprob, top in zip(found["token_logprobs"][1:-1], found["top_logprobs"][1:-1], strict=True):
             assert logprob <= max(top.values()) + 1e-6
+
+
+def test_a_scored_prompt_never_ends_without_its_extra_token() -> None:
+    """lm-eval drops the last entry as the generated token; without one it would drop a scored one."""
+    asked = {"prompt": "x", "max_tokens": 1, "logprobs": 1}
+    assert CompletionRequest(**asked, echo=True).sampling(1, 400, 399).logit_bias == {399: -100}
+    assert CompletionRequest(**asked).sampling(1, 400, 399).logit_bias == {}
 
 
 def test_stop_strings_are_left_out(client: openai.OpenAI) -> None:

@@ -497,7 +497,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             cast_weight = weight.to(dtype)
             hidden_gradient = torch.empty_like(hidden, dtype=dtype)
-            weight_gradient = torch.zeros_like(weight)  # in the weights' precision: chunks add up in it
+            weight_gradient = torch.zeros_like(weight, dtype=torch.float32)  # many chunks add up in it
             total = torch.zeros((), device=hidden.device, dtype=torch.float32)
             for start in range(0, len(hidden), chunk_tokens):
                 part = hidden[start : start + chunk_tokens].to(dtype)
@@ -505,19 +505,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 nats, gradient = chunk_gradient(part @ cast_weight.t(), target, vocab_size)
                 total += nats
                 torch.mm(gradient, cast_weight, out=hidden_gradient[start : start + chunk_tokens])
-                if dtype == weight_gradient.dtype:
+                if dtype == torch.float32:
                     weight_gradient.addmm_(gradient.t(), part)
                 else:
                     weight_gradient += gradient.t() @ part
         ctx.save_for_backward(hidden_gradient, weight_gradient)
-        ctx.hidden_dtype = hidden.dtype
+        ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        scale = upstream[0]
-        return (hidden_gradient * scale).to(ctx.hidden_dtype), weight_gradient * scale, None, None, None, None
+        by_hidden = (hidden_gradient * upstream[0]).to(ctx.hidden_dtype)
+        by_weight = (weight_gradient * upstream[0]).to(ctx.weight_dtype)
+        return by_hidden, by_weight, None, None, None, None
 
 
 def cross_entropy_gradient(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:

@@ -75,6 +75,18 @@ def test_the_chunked_loss_has_the_loss_and_gradients_of_plain_cross_entropy() ->
         torch.testing.assert_close(chunked_cross_entropy(hidden, weight, targets, VOCABULARY, 7), plain)
 
 
+def test_the_gradients_of_bfloat16_weights_add_up_in_float32() -> None:
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(512, 16), torch.randn(128, 16), torch.randint(0, VOCABULARY, (512,))
+    half = weight.bfloat16().requires_grad_()
+    chunked_cross_entropy(hidden.bfloat16(), half, targets, VOCABULARY, 4).backward()
+    exact = half.detach().float().requires_grad_()
+    chunked_cross_entropy(hidden.bfloat16().float(), exact, targets, VOCABULARY).backward()
+    assert half.grad is not None
+    assert exact.grad is not None
+    assert (half.grad.float() - exact.grad).norm() < 0.01 * exact.grad.norm()
+
+
 def test_the_loss_under_autocast_stays_close_and_its_gradients_float32(model: GPT) -> None:
     tokens = random_tokens()
     exact = model.loss(tokens[:, :-1], tokens[:, 1:])

@@ -126,7 +126,6 @@ class Cluster:
             self.start(state, node, commands[node], environment)
         for node in state.nodes:
             self.start_node(state, node, commands[node], environment)
-        _wait(state, "head", lambda: self.alive_nodes(state) >= len(state.nodes), self.log("head"))
         _wait(state, "mlflow", lambda: _answers(f"http://{host}:{ports['mlflow']}/health"), self.log("mlflow"))
         return state
 
@@ -185,15 +184,16 @@ class Cluster:
         self.save(state)
 
     def start_node(self, state: State, node: str, command: Sequence[str], environment: dict[str, str]) -> None:
-        """Start a Ray node and wait until its agent answers; the head's agent is what starts jobs.
+        """Start a Ray node and wait until the head knows it and its agent answers; the head's agent starts jobs.
 
         Ray gives a node 30 s to start and then ends it; on a busy machine the second attempt finds it warm.
         """
-        agent = f"http://{state.address(node)}:{AGENT_PORT}/api/local_raylet_healthz"
+        address = state.address(node)
+        agent = f"http://{address}:{AGENT_PORT}/api/local_raylet_healthz"
         for attempt in range(1, NODE_ATTEMPTS + 1):
             self.start(state, node, command, environment)
             try:
-                _wait(state, node, lambda: _answers(agent), self.log(node))
+                _wait(state, node, lambda: address in self.alive_addresses(state) and _answers(agent), self.log(node))
                 return
             except ChildProcessError:
                 if attempt == NODE_ATTEMPTS:
@@ -238,8 +238,8 @@ class Cluster:
         client = boto3.client("s3", endpoint_url=environment["AWS_ENDPOINT_URL"], region_name="us-east-1", **keys)
         client.create_bucket(Bucket=BUCKET)
 
-    def alive_nodes(self, state: State) -> int:
-        """Count the nodes that the head believes alive; 0 while it does not answer."""
+    def alive_addresses(self, state: State) -> set[str]:
+        """The addresses of the nodes that the head believes alive; none while it does not answer."""
         url = f"{self.environment(state)['RAY_API_SERVER_ADDRESS']}/nodes?view=summary"
         token = (self.folder / "token").read_text()
         try:
@@ -247,8 +247,8 @@ class Cluster:
             with urllib.request.urlopen(request, timeout=10) as answer:
                 summary = json.load(answer)["data"]["summary"]
         except (OSError, ValueError, KeyError):
-            return 0
-        return sum(node.get("raylet", {}).get("state") == "ALIVE" for node in summary)
+            return set()
+        return {node["ip"] for node in summary if node.get("raylet", {}).get("state") == "ALIVE"}
 
     # ---------------------------------------------------------------- end
 

@@ -31,7 +31,7 @@ from model.training import parallelize, train_step
 from pipeline.stream import Batch
 from pipeline.train import on_cpu
 
-CONTEXT, SEQUENCES, MICRO_BATCH, VOCABULARY = 256, 32, 4, 4096
+CONTEXT, SEQUENCES, MICRO_BATCH, VOCABULARY = 256, 16, 4, 4096
 MODEL = ModelConfig(num_layers=6, width=256, num_heads=4, context_length=CONTEXT)
 
 

@@ -19,7 +19,6 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasketch import MinHash
 
 from pipeline.config import PrepareConfig
 
@@ -90,6 +89,8 @@ def minhash(text: str) -> np.ndarray | None:
     words = _WORD.findall(text.lower())
     if not words:
         return None
+    from datasketch import MinHash  # here, for it takes seconds to import and few corpora need it
+
     hasher = MinHash(NUM_HASHES, seed=1, hashfunc=zlib.crc32, permutations=_permutations(), scheme="affine32")
     last = max(len(words) - SHINGLE_WORDS + 1, 1)
     for start in range(0, last, 4096):  # in parts: a batch takes NUM_HASHES x 8 bytes for each run
@@ -100,6 +101,8 @@ def minhash(text: str) -> np.ndarray | None:
 
 @lru_cache(maxsize=1)
 def _permutations() -> Any:
+    from datasketch import MinHash
+
     return MinHash(NUM_HASHES, seed=1, scheme="affine32").permutations
 
 

@@ -23,8 +23,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any
 
-import botocore.exceptions
-import httpx
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -376,8 +374,10 @@ def _cut(batch: Any, job: Job, done: frozenset[str]) -> Iterator[dict[str, Any]]
             name = _piece_name(part, count - 1)
             yield _unit(part, name, b"" if name in done else _pack(payload), is_done=name in done)
         job.output.write_text(f"work/{part.name}.stream.json", json.dumps({"pieces": count}))
-    except FAILURES as error:
-        yield _unit(part, part.name, error=_sentence(error))
+    except Exception as error:
+        if not _is_mendable(error):
+            raise
+        yield _unit(part, part.name, error=_sentence(error, part))
 
 
 def _unit(part: Slice, name: str, payload: bytes = b"", *, is_done: bool = False, error: str = "") -> dict[str, Any]:
@@ -399,8 +399,10 @@ def _work(batch: Any, job: Job, task: Task) -> dict[str, Any]:
     if not error and not ("is_done" in batch and batch["is_done"][0]):
         try:
             tally = task(job, part, name, _unpack(batch["payload"][0]) if part.is_stream else None)
-        except FAILURES as failure:
-            error = _sentence(failure)
+        except Exception as failure:
+            if not _is_mendable(failure):
+                raise
+            error = _sentence(failure, part)
     return {"name": np.array([name]), "tally": np.array([tally]), "error": np.array([error])}
 
 
@@ -437,8 +439,14 @@ def prepare_unit(job: Job, part: Slice, name: str, payload: list[bytes] | None =
 def sign_unit(job: Job, part: Slice, name: str, payload: list[bytes] | None = None) -> str:
     """Write the hashes that duplicates are found by, for one unit of work; return its record."""
     tally = Tally()
-    documents = ((position, text) for position, text, _ in _clean_documents(job, part, payload, tally))
-    for kind, content in cleaning.sign_documents(documents, job.settings, job.partitions):
+    counts = tally.splits["train"]
+
+    def documents() -> Iterator[tuple[int, str]]:
+        for position, text, _ in _clean_documents(job, part, payload, tally):
+            counts["documents"] += 1
+            yield position, text
+
+    for kind, content in cleaning.sign_documents(documents(), job.settings, job.partitions):
         tally.files[_hashes(name, kind)] = job.output.write_bytes(_hashes(name, kind), content)
     record = tally.to_json()
     job.output.write_text(f"work/{name}{SIGNED}", record)
@@ -592,19 +600,19 @@ def _load_tokenizer(url: str, artifact: Artifact) -> Tokenizer:
     return parse_tokenizer(artifact.read_text("tokenizer.json"), where=url)
 
 
-# What a person can mend (a damaged file, a full disk, storage that is away); anything else is our mistake.
-FAILURES = (
-    ValueError,
-    OSError,
-    botocore.exceptions.BotoCoreError,
-    botocore.exceptions.ClientError,
-    httpx.HTTPError,  # the hub's
-)
+def _is_mendable(error: Exception) -> bool:
+    """What a person can mend (a damaged file, a full disk, storage that is away); anything else is our mistake."""
+    # By name: importing every client's exceptions would cost each worker seconds.
+    clients = ("botocore", "aiobotocore", "aiohttp", "httpx", "httpcore", "huggingface_hub")
+    return isinstance(error, (ValueError, OSError)) or type(error).__module__.partition(".")[0] in clients
 
 
-def _sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if isinstance(error, ValueError) else f"Reading or writing failed ({type(error).__name__}): {text}."
+def _sentence(error: BaseException, part: Slice) -> str:
+    text = " ".join(str(error).split()).removesuffix(".")
+    if isinstance(error, ValueError):
+        return f"{text}."
+    what = part.files[0] if part.files else part.format
+    return f"Reading {what} or writing its shards failed ({type(error).__name__}: {text})."
 
 
 def _piece_name(part: Slice, piece: int) -> str:

@@ -93,6 +93,8 @@ def main() -> None:
     parser.add_argument("--skip-peers", action="store_true")
     options = parser.parse_args()
     set_environment()
+    # Ray starves its workers (nice 15) where a machine has other work; the peers are not, so neither are ours.
+    os.environ.setdefault("RAY_worker_niceness", "0")
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -12,14 +12,18 @@ from typing import Any
 
 import pytest
 
-from tests.pipeline.test_prepare import REPOSITORY, configure, digests, make_texts, run, write_jsonl
+from tests.pipeline.test_prepare import REPOSITORY, make_texts, write_jsonl
 
 # In a process of its own: the workers take the server's address from the environment that Ray was started in.
 PROGRAM = """
 import json, os, sys, urllib.request
+from pathlib import Path
 import ray
 from tests.pipeline.test_prepare import configure, digests, run
 ray.init(address="local", num_cpus=2, log_to_driver=False, configure_logging=False, include_dashboard=False)
+folder = Path(sys.argv[1])
+storage = str(folder / "storage")
+expected = digests(run(configure(storage, folder / "corpus"), storage)[1])
 config = configure("s3://bucket/storage", "s3://bucket/corpus")
 try:
     run(config, "s3://bucket/storage")
@@ -29,7 +33,8 @@ except ValueError as error:
 urllib.request.urlopen(os.environ["AWS_ENDPOINT_URL"] + "/mend")
 output, manifest = run(config, "s3://bucket/storage")
 names = sorted(output.list_files())
-print(json.dumps({"first": first, "digests": digests(manifest), "names": names, "files": sorted(manifest.files)}))
+print(json.dumps({"first": first, "digests": digests(manifest), "expected": expected, "names": names,
+                  "files": sorted(manifest.files)}))
 """
 
 
@@ -79,15 +84,14 @@ def server() -> Iterator[tuple[str, Troubled]]:
 
 @pytest.mark.slow
 def test_s3_errors_are_survived_or_told_and_the_shards_are_the_same(
-    ray_session: None, tmp_path: Path, storage: str, server: tuple[str, Troubled]
+    tmp_path: Path, server: tuple[str, Troubled]
 ) -> None:
     import boto3
 
     address, troubled = server
     texts = make_texts(500)
-    paths = [write_jsonl(tmp_path / f"{half}.jsonl", texts[half * 250 : half * 250 + 250]) for half in (0, 1)]
-    expected = digests(run(configure(storage, *paths), storage)[1])
-
+    (tmp_path / "corpus").mkdir()
+    paths = [write_jsonl(tmp_path / "corpus" / f"{half}.jsonl", texts[half * 250 :][:250]) for half in (0, 1)]
     credentials = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
     client = boto3.client(
         "s3", endpoint_url=address, region_name="us-east-1", aws_access_key_id="test", aws_secret_access_key="test"
@@ -98,13 +102,18 @@ def test_s3_errors_are_survived_or_told_and_the_shards_are_the_same(
 
     environment = os.environ | credentials | {"AWS_ENDPOINT_URL": address, "PYTHONPATH": str(REPOSITORY)}
     finished = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=280
+        [sys.executable, "-c", PROGRAM, str(tmp_path)],
+        env=environment,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=280,
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     told = json.loads(finished.stdout.splitlines()[-1])
     assert "run again to go on" in told["first"]
     assert "denied" in told["first"].lower()
-    assert told["digests"] == expected
+    assert told["digests"] == told["expected"]
     assert told["names"] == sorted([*told["files"], "manifest.json"])
     # One listing of the corpus and one of the output for each run; the last is this test's own.
     assert [len(queries) for queries in troubled.listings] <= [3, 4]

@@ -44,7 +44,7 @@ def test_every_module_and_preset_it_names_exists(path: Path) -> None:
         assert (ROOT / f"jobs/presets/{preset}.yaml").is_file(), preset
     for file in re.findall(r"(?<![\w/])(?:infra|tests)/[\w./-]+\w", text):
         assert (ROOT / file).exists() or file == "infra/.env", file
-    for target in re.findall(r"\bmake ([a-z][a-z-]+)", text):
+    for target in re.findall(r"(?:`|^ {4,}|&& )make ([a-z][a-z-]+)", text, re.MULTILINE):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"make {target}"
 
 

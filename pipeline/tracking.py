@@ -39,7 +39,8 @@ def connect(config: Config) -> str:
 
     uri = address(config)
     artifact_root = None
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
+    is_ours = not os.environ.get("MLFLOW_TRACKING_URI")
+    if is_ours:
         storage = resolve_storage(config.storage)
         Path(storage).mkdir(parents=True, exist_ok=True)
         artifact_root = f"{storage}/mlflow"
@@ -47,6 +48,9 @@ def connect(config: Config) -> str:
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking.fluent"):
         logging.getLogger(name).setLevel(logging.WARNING)  # else a page of migrations at the first use
     mlflow.set_tracking_uri(uri)
+    if is_ours:
+        # MLflow also writes it into the environment, where the next `connect` would take it for the user's wish.
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
     client = mlflow.MlflowClient(tracking_uri=uri)
     try:
         experiment = client.get_experiment_by_name(config.name)

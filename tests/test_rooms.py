@@ -69,6 +69,7 @@ def test_ray_is_started_in_jobs_alone(module: str) -> None:
 def test_a_stage_has_one_name_in_every_room(stage: str) -> None:
     assert source_of(f"pipeline.{stage}").exists()
     assert source_of(f"jobs.{stage}").exists()
+    assert list((ROOT / "tests/pipeline").glob(f"test_{stage}*.py"))
 
 
 def test_infra_holds_no_python_logic() -> None:

@@ -1,0 +1,74 @@
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.checkpoint import save_model
+from model.gpt import GPT
+from model.tokenizer import load_tokenizer
+from pipeline.artifacts import Artifact, artifact_at
+from pipeline.config import Config
+from pipeline.evaluate import score_checkpoint
+from tests.pipeline.tiny_training import tiny_config, tiny_inputs
+
+
+@pytest.fixture
+def config(storage: str) -> Config:
+    return tiny_config(storage, "evaluate.max_tokens=0", "evaluate.sample_tokens=4", "evaluate.prompts=[The cat]")
+
+
+@pytest.fixture
+def inputs(config: Config) -> dict[str, Artifact]:
+    return tiny_inputs(config, documents=60)
+
+
+def checkpoint(config: Config, inputs: dict[str, Artifact], folder: Path) -> tuple[Artifact, GPT]:
+    """A training's artifact whose model is as its seed made it."""
+    tokenizer = load_tokenizer(inputs["tokenizer"].download(folder / "tokenizer"))
+    torch.manual_seed(1)
+    model = GPT(config.model, tokenizer.vocab_size).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.05)
+    model.clear_padding()
+    save_model(folder / "export" / "checkpoint", model, tokenizer)
+    artifact = artifact_at(config.storage, config.name, "train", "2" * 20)
+    files = artifact.upload(folder / "export")
+    artifact.commit(format_version=1, settings={}, inputs={}, counts={}, files=files)
+    return artifact, model
+
+
+def test_bits_per_byte_equals_a_sum_by_hand_over_every_held_out_token(config, inputs, tmp_path):
+    train, model = checkpoint(config, inputs, tmp_path)
+    tokenizer = load_tokenizer(inputs["tokenizer"].download(tmp_path / "again"))
+    result = score_checkpoint(config, train, inputs["prepare"])
+
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(inputs["prepare"].file("val/00000.parquet"))["tokens"].to_pylist()
+    # An end of text stands before the first document too, so that its first token is predicted like any other's.
+    stream = [tokenizer.end_of_text, *(token for row in rows for token in row)]
+    window, nats = config.model.context_length, 0.0
+    with torch.no_grad():
+        for start in range(0, len(stream) - 1, window):
+            part = torch.tensor(stream[start : start + window + 1])
+            logits = model(part[None, :-1])[0].double()
+            nats += torch.nn.functional.cross_entropy(logits, part[1:], reduction="sum").item()
+    num_bytes = int(np.asarray(tokenizer.byte_lengths)[stream[1:]].sum())
+    assert result["tokens"] == len(stream) - 1
+    assert result["bytes"] == num_bytes
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-4)
+
+
+def test_each_prompt_gets_one_sample(config, inputs, tmp_path):
+    train, _ = checkpoint(config, inputs, tmp_path)
+    [sample] = score_checkpoint(config, train, inputs["prepare"])["samples"]
+    assert sample["prompt"] == "The cat"
+    assert sample["text"]
+
+
+def test_a_limit_scores_fewer_tokens(config, inputs, tmp_path):
+    train, _ = checkpoint(config, inputs, tmp_path)
+    short = replace(config, evaluate=replace(config.evaluate, max_tokens=64))
+    assert score_checkpoint(short, train, inputs["prepare"])["tokens"] == 64

@@ -80,7 +80,7 @@ def check_relative(name: str, where: str) -> str:
 
 
 @lru_cache(maxsize=16)
-def _filesystem(protocol: str, endpoint: str, process_id: int) -> fsspec.AbstractFileSystem:
+def _filesystem(protocol: str, endpoint: str, account: str, process_id: int) -> fsspec.AbstractFileSystem:
     if protocol == "file":
         return LocalFileSystem(auto_mkdir=True)
     if protocol == "s3":
@@ -89,6 +89,7 @@ def _filesystem(protocol: str, endpoint: str, process_id: int) -> fsspec.Abstrac
         return fsspec.filesystem(
             "s3",
             use_listings_cache=False,
+            skip_instance_cache=True,  # fsspec's own cache does not look at the environment
             config_kwargs={"retries": retries, "connect_timeout": 10, "read_timeout": 60},
         )
     raise ValueError(f"Storage on {protocol}:// is not supported; use a local folder or s3://bucket/prefix.")
@@ -101,7 +102,8 @@ def filesystem_of(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         protocol, path = url.split("://", 1)
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
     # Per process: an s3fs instance carried over a fork hangs on its parent's event loop.
-    return _filesystem(protocol, endpoint, os.getpid()), path.rstrip("/")
+    account = os.environ.get("AWS_ACCESS_KEY_ID", "")
+    return _filesystem(protocol, endpoint, account, os.getpid()), path.rstrip("/")
 
 
 def resolve_storage(url: str) -> str:

@@ -168,7 +168,8 @@ def test_documented(http: httpx.Client) -> None:
 
 def test_prompt_may_be_cut_to_fit(http: httpx.Client) -> None:
     tokens = [5] * 300
-    answer = http.post("/v1/completions", json={"prompt": tokens, "truncate_prompt_tokens": -1, "max_tokens": 8})
+    cut = {"prompt": tokens, "truncate_prompt_tokens": -1, "max_tokens": 8, "temperature": 0}
+    answer = http.post("/v1/completions", json=cut)
     assert answer.json()["usage"] == {"prompt_tokens": CONTEXT - 8, "completion_tokens": 8, "total_tokens": CONTEXT}
     long = "word " * 200_000
     answer = http.post("/v1/completions", json={"prompt": long, "truncate_prompt_tokens": 20})

@@ -18,7 +18,7 @@ import pytest
 from pipeline.access import Allowance, ApiKey, is_local_name, read_keys
 from pipeline.config import ServeConfig
 from tests.pipeline.local_server import LocalServer
-from tests.pipeline.tiny_registry import TinyRegistry
+from tests.pipeline.tiny_registry import TinyRegistry, make_registry
 
 Start = Callable[..., LocalServer]
 LONG = {"prompt": "Return", "max_tokens": 120, "logit_bias": {"399": -100}}  # 399 would end the text
@@ -228,12 +228,13 @@ def test_dead_engine_fails_requests_clearly(start: Start) -> None:
 
 
 @pytest.fixture(scope="module")
-def moving(tiny_registry: TinyRegistry) -> TinyRegistry:
-    """The registry with a second good version, and a third whose figures are not those of its weights."""
-    tiny_registry.current()
-    tiny_registry.add_version(seed=2)
-    tiny_registry.add_version(seed=3, probe_shift=1.0)
-    return tiny_registry
+def moving(tmp_path_factory: pytest.TempPathFactory) -> TinyRegistry:
+    """A registry with two good versions, and a third whose figures are not those of its weights."""
+    registry = make_registry(tmp_path_factory.mktemp("moving"))
+    registry.add_version(seed=1, alias="champion")
+    registry.add_version(seed=2)
+    registry.add_version(seed=3, probe_shift=1.0)
+    return registry
 
 
 def test_champion_moves_under_load_and_drops_nothing(start: Start, moving: TinyRegistry) -> None:

@@ -137,6 +137,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
     tallies = _prepare_all(job, parts, _read_records(job, there, UNIT))
     total = first = _sum(tallies)
     if total.documents == 0:
+        output.delete()  # no other run would go on from it
         why = ", ".join(f"{count:,} {reason}" for reason, count in sorted(total.dropped.items()))
         raise ValueError(f"The corpus is empty: no document of the source holds text{f' ({why})' if why else ''}.")
     if total.splits["val"]["documents"] == 0:
@@ -145,6 +146,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
         tallies = _prepare_all(job, parts, tallies)
         total = _sum(tallies)
     if total.splits["train"]["documents"] == 0:
+        output.delete()
         raise ValueError(
             "The corpus is too small: it needs two different documents, one to train on and one to hold out; add text,"
             " or for one large .txt file set source.split_text=blank-lines."

@@ -143,6 +143,7 @@ def test_a_corpus_with_nothing_to_split_is_an_error(
 ) -> None:
     with pytest.raises(ValueError, match=complaint):
         run(configure(storage, write_jsonl(tmp_path / "x.jsonl", texts)), storage)
+    assert not list(Path(storage).glob("**/prepare-*"))
 
 
 def test_two_documents_are_enough_for_a_held_out_one(ray_session: None, tmp_path: Path, storage: str) -> None:

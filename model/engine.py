@@ -111,7 +111,8 @@ class Engine:
     def add(self, request: GenerationRequest) -> None:
         """Queue a request. Raises `ValueError` with what is wrong with it, or `QueueFull`."""
         self._check(request)
-        if len(self._arrivals) + self._num_queued >= self.settings.max_queue:
+        # Those for whom a slot is free do not wait: the next step takes them.
+        if len(self._arrivals) + self._num_queued >= self.settings.max_queue + len(self._free):
             raise QueueFull(f"{self.settings.max_queue} requests are waiting; try again later.")
         settings = request.settings
         tasks: list[Task]

@@ -22,6 +22,7 @@ from typing import Any
 from model.engine import Chunk, Engine, GenerationRequest, QueueFull
 
 PROMISE = 0.6  # share of a request's time that the work ahead may take by our measure: machines have bad moments
+RATE_WEIGHTS = (0.02, 0.3)  # of the newest step in our measure: one that remembers, and one that notices at once
 
 logger = logging.getLogger("ray.serve")
 
@@ -118,7 +119,7 @@ class LiveEngine:
     def __init__(self, engine: Engine, *, max_active: int, stall_seconds: float = 60.0) -> None:
         self.engine = engine
         self.max_active = max_active  # sequences running and waiting
-        self.tokens_per_second = 0.0  # measured while several requests run; 0 while unknown
+        self._rates = [0.0] * len(RATE_WEIGHTS)  # tokens per second while several requests run; 0 while unknown
         self.steps = 0
         self._stall_seconds = stall_seconds
         self._loop = asyncio.get_running_loop()
@@ -197,6 +198,11 @@ class LiveEngine:
         return self.engine.stats()
 
     @property
+    def tokens_per_second(self) -> float:
+        """What the engine can be counted on for: the slower of its long and its recent measure; 0 while unknown."""
+        return min(self._rates)
+
+    @property
     def owed_tokens(self) -> int:
         """Tokens that the requests in the engine may still generate."""
         return sum(ticket.owed_tokens for ticket in self.tickets)
@@ -264,7 +270,10 @@ class LiveEngine:
         # A half-empty batch says little about what a full one can do.
         if tokens >= 4 and seconds > 0:
             rate = tokens / seconds
-            self.tokens_per_second += (rate - self.tokens_per_second) * (0.05 if self.tokens_per_second else 1.0)
+            self._rates = [
+                old + (rate - old) * weight if old else rate
+                for old, weight in zip(self._rates, RATE_WEIGHTS, strict=True)
+            ]
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
         try:

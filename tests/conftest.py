@@ -20,6 +20,16 @@ ENVIRONMENT = {
 # Set before anything imports ray or mlflow: both read some of these at import.
 os.environ.update(ENVIRONMENT)
 
+from tests.mlflow_store import forget_mlflow  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def mlflow_forgotten() -> Iterator[None]:
+    """Set up before any `monkeypatch` of a test, so taken down after it has put back what it found."""
+    forget_mlflow()
+    yield
+    forget_mlflow()
+
 
 @pytest.fixture
 def storage(tmp_path: Path) -> str:

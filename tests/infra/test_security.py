@@ -16,6 +16,7 @@ from pipeline.artifacts import Artifact, FileRecord, Manifest, artifact_at, reco
 from pipeline.config import SourceConfig
 from pipeline.shards import TokenCache, open_shards
 from tests.infra.manifests import ROOT
+from tests.mlflow_store import point_mlflow_at
 
 
 class Payload:
@@ -148,7 +149,7 @@ def test_addresses_are_shown_without_their_user(monkeypatch: pytest.MonkeyPatch)
     before = mlflow.get_tracking_uri()
     with pytest.raises(ValueError, match="does not answer") as told:
         tracking.connect(Config())
-    mlflow.set_tracking_uri(before)
+    point_mlflow_at(before)
     assert "planted" not in str(told.value)
 
 

@@ -12,6 +12,7 @@ import pytest
 from pipeline import preflight
 from pipeline.config import Config, load_config
 from tests.infra.manifests import ROOT
+from tests.mlflow_store import point_mlflow_at
 
 SMALL = [
     "model.num_layers=1",
@@ -90,7 +91,7 @@ def mlflow_uri_kept():
 
     before = mlflow.get_tracking_uri()
     yield
-    mlflow.set_tracking_uri(before)
+    point_mlflow_at(before)
 
 
 def test_a_disk_that_is_too_small_is_told(config: Config, ray_session: None) -> None:

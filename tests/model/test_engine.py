@@ -244,12 +244,15 @@ def test_a_deadline_ends_a_text_where_it_is() -> None:
 
 def test_a_full_queue_refuses_at_once() -> None:
     busy = engine(max_batch_size=1, max_queue=2)
-    busy.add(request("a"))
-    busy.add(request("b"))
+    for name in "abc":  # a place for one, and two that wait, whether or not a step has come between
+        busy.add(request(name))
     with pytest.raises(QueueFull):
-        busy.add(request("c"))
+        busy.add(request("d"))
     busy.step()
-    busy.add(request("c"))
+    with pytest.raises(QueueFull):
+        busy.add(request("d"))
+    run(busy, [])
+    busy.add(request("d"))
 
 
 BAD_REQUESTS = {

@@ -94,7 +94,6 @@ def test_full_queue_answers_429_at_once(start: Start) -> None:
     assert all(answer.json()["usage"]["completion_tokens"] == 120 for answer in accepted)
 
 
-@pytest.mark.slow  # a load test: it wants the machine for itself
 def test_twice_the_load_finishes_what_it_accepts(start: Start) -> None:
     """Requests come twice as fast as they can be served; each is answered in time or told to come back."""
     server = start(max_batch_size=4, max_queue=64, deadline_seconds=3.0)

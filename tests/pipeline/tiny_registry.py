@@ -11,6 +11,7 @@ from model.checkpoint import save_model
 from model.gpt import GPT, ModelConfig
 from model.tokenizer import Tokenizer, train_bpe
 from pipeline import registry
+from tests.mlflow_store import point_mlflow_at
 
 TEXT = ["Return a new list of the sorted items. " * 20, registry.PROBE_TEXT * 3, "Grüße, 你好 🌍 naïve café. " * 10]
 
@@ -35,10 +36,10 @@ class TinyRegistry:
                 weight += 0.1 * torch.randn_like(weight)
         model.clear_padding()
         probe = registry.measure_probe(model, tokenizer)
-        mlflow.set_tracking_uri(self.tracking_uri)
-        mlflow.set_experiment("tiny")
+        point_mlflow_at(self.tracking_uri)
         client = mlflow.MlflowClient()
-        with mlflow.start_run() as run, tempfile.TemporaryDirectory() as folder:
+        experiment = client.get_experiment_by_name("tiny")
+        with mlflow.start_run(experiment_id=experiment.experiment_id) as run, tempfile.TemporaryDirectory() as folder:
             save_model(Path(folder), model, tokenizer)
             mlflow.log_artifacts(folder, "model/artifacts/checkpoint")
             for step in range(20):
@@ -60,7 +61,7 @@ class TinyRegistry:
 
     def current(self) -> "TinyRegistry":
         """Make this store MLflow's own in this process, whatever other tests have set."""
-        mlflow.set_tracking_uri(self.tracking_uri)
+        point_mlflow_at(self.tracking_uri)
         return self
 
     def move_alias(self, alias: str, version: str) -> None:
@@ -70,10 +71,9 @@ class TinyRegistry:
 def make_registry(folder: Path) -> TinyRegistry:
     """Open a fresh store in a folder, and make it MLflow's current one."""
     uri = f"sqlite:///{folder}/mlflow.db"
-    mlflow.set_tracking_uri(uri)
+    point_mlflow_at(uri)
     client = mlflow.MlflowClient()
     client.create_experiment("tiny", artifact_location=str(folder / "mlflow"))
-    mlflow.set_experiment("tiny")
     return TinyRegistry(uri)
 
 

@@ -19,6 +19,7 @@ from pipeline import train
 from pipeline.artifacts import Artifact, Manifest, artifact_at, fingerprint
 from pipeline.checkpoints import CheckpointStore
 from pipeline.config import Config, load_config
+from tests.mlflow_store import point_mlflow_at
 
 WORDS = (
     *("the", "cat", "dog", "sat", "ran", "on", "under", "a", "mat", "tree", "house", "and", "then"),
@@ -121,11 +122,11 @@ class Training:
         return last_checkpoint(self.config, self.output).files["model.safetensors"].sha256
 
     def mlflow_run(self) -> Any:
-        mlflow.set_tracking_uri(f"sqlite:///{self.config.storage}/mlflow.db")
+        point_mlflow_at(f"sqlite:///{self.config.storage}/mlflow.db")
         return mlflow.MlflowClient().get_run(self.manifest.counts["mlflow_run_id"])
 
     def metric_history(self) -> Callable[[str], list[Any]]:
-        mlflow.set_tracking_uri(f"sqlite:///{self.config.storage}/mlflow.db")
+        point_mlflow_at(f"sqlite:///{self.config.storage}/mlflow.db")
         client = mlflow.MlflowClient()
         return lambda name: client.get_metric_history(self.manifest.counts["mlflow_run_id"], name)
 

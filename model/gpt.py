@@ -17,79 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.settings import require, setting
+from model.config import ModelConfig
+from model.settings import require
 
 IGNORED = -100  # a target that carries no loss
 VOCABULARY_MULTIPLE = 64  # matrix units of GPUs want whole tiles: 50,257 rows are slower than 50,304
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    family: str = setting("modern", "modern (Qwen3-compatible) or classic (GPT-2)")
-    num_layers: int = setting(8, "transformer blocks")
-    width: int = setting(512, "channels of the residual stream")
-    num_heads: int = setting(4, "attention heads")
-    num_kv_heads: int = setting(0, "modern: heads of keys and values, shared by groups of heads; 0: num_heads")
-    head_dim: int = setting(0, "modern: channels of each head; 0: width / num_heads")
-    mlp_width: int = setting(0, "channels inside the MLP; 0: 4 x width (classic), 8/3 x width up to a 128th (modern)")
-    context_length: int = setting(1024, "tokens the model sees at once")
-    dropout: float = setting(0.0, "classic: share of activations dropped while training")
-    tie_embeddings: bool = setting(False, "one matrix for the token embedding and the head, as GPT-2 has")
-    rope_theta: float = setting(10_000.0, "modern: base of the rotary wavelengths; larger for long contexts")
-
-    def __post_init__(self) -> None:
-        require(
-            self.family in ("modern", "classic"),
-            f"model.family is {self.family!r}; it can be modern or classic.",
-        )
-        for name in ("num_layers", "width", "num_heads", "context_length"):
-            require(getattr(self, name) > 0, f"model.{name} must be positive.")
-        for name in ("num_kv_heads", "head_dim", "mlp_width"):
-            require(getattr(self, name) >= 0, f"model.{name} cannot be negative; 0 derives it.")
-        require(0 <= self.dropout < 1, "model.dropout must be at least 0 and below 1.")
-        require(self.rope_theta > 1, "model.rope_theta must be above 1.")
-        require(
-            self.head_dim > 0 or self.width % self.num_heads == 0,
-            "model.width must be divisible by model.num_heads.",
-        )
-        if self.family == "classic":
-            require(
-                self.num_kv_heads in (0, self.num_heads) and self.head_dim in (0, self.width // self.num_heads),
-                "model.family=classic is GPT-2, which has no model.num_kv_heads or model.head_dim; leave them 0.",
-            )
-        else:
-            require(
-                self.dropout == 0,
-                "model.family=modern has no dropout; set model.dropout=0, or model.family=classic.",
-            )
-            require(
-                self.num_heads % self.kv_heads == 0,
-                "model.num_heads must be divisible by model.num_kv_heads.",
-            )
-            require(self.channels_per_head % 2 == 0, "model.head_dim must be even: RoPE turns pairs of channels.")
-
-    @property
-    def is_modern(self) -> bool:
-        return self.family == "modern"
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def channels_per_head(self) -> int:
-        return self.head_dim or self.width // self.num_heads
-
-    @property
-    def mlp_channels(self) -> int:
-        if self.mlp_width:
-            return self.mlp_width
-        # SwiGLU has three matrices where GELU has two: 8/3 keeps the parameters of 4.
-        return math.ceil(8 * self.width / 3 / 128) * 128 if self.is_modern else 4 * self.width
-
-    @property
-    def norm_epsilon(self) -> float:
-        return 1e-6 if self.is_modern else 1e-5
 
 
 class KVCache:

@@ -20,47 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from model.config import OptimizerConfig
 from model.gpt import GPT
-from model.settings import require, setting
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    kind: str = setting("muon", "muon (2-D block weights, AdamW for the rest) or adamw (all weights)")
-    learning_rate: float = setting(6e-4, "adamw: peak learning rate of all weights")
-    muon_learning_rate: float = setting(0.02, "muon: peak learning rate of the blocks' matrices")
-    embedding_learning_rate: float = setting(0.2, "muon: peak learning rate of the token embedding")
-    head_learning_rate: float = setting(0.004, "muon: peak learning rate of the head, or of a tied embedding")
-    scalar_learning_rate: float = setting(0.01, "muon: peak learning rate of norms and biases")
-    weight_decay: float = setting(0.1, "pull of the matrices to zero, in units of their learning rate")
-    weight_decay_to_zero: bool = setting(True, "muon: the weight decay falls linearly to zero over the run")
-    beta1: float = setting(0.9, "AdamW: memory of the gradient")
-    beta2: float = setting(0.95, "AdamW: memory of its square")
-    epsilon: float = setting(1e-8, "AdamW: added to the root of the square")
-    momentum: float = setting(0.95, "muon: memory of the gradient")
-    momentum_start: float = setting(0.85, "muon: momentum at the first step")
-    momentum_warmup_steps: int = setting(300, "muon: steps from momentum_start to momentum")
-    schedule: str = setting("linear", "linear (warm-up, constant, linear decay) or cosine (warm-up, cosine decay)")
-    warmup_steps: int = setting(0, "steps over which the learning rate rises to its peak")
-    decay_fraction: float = setting(0.65, "linear: share of the steps, at the end, over which the rate falls")
-    final_ratio: float = setting(0.05, "learning rate at the end, as a share of its peak")
-    clip_norm: float = setting(0.0, "gradients longer than this are shortened to it; 0: never")
-
-    def __post_init__(self) -> None:
-        require(self.kind in ("muon", "adamw"), f"optimizer.kind is {self.kind!r}; it can be muon or adamw.")
-        require(
-            self.schedule in ("linear", "cosine"),
-            f"optimizer.schedule is {self.schedule!r}; it can be linear or cosine.",
-        )
-        rates = ("learning_rate", "muon_learning_rate", "embedding_learning_rate")
-        for name in (*rates, "head_learning_rate", "scalar_learning_rate", "epsilon"):
-            require(getattr(self, name) > 0, f"optimizer.{name} must be positive.")
-        for name in ("weight_decay", "warmup_steps", "momentum_warmup_steps", "clip_norm"):
-            require(getattr(self, name) >= 0, f"optimizer.{name} cannot be negative.")
-        for name in ("beta1", "beta2", "momentum", "momentum_start"):
-            require(0 <= getattr(self, name) < 1, f"optimizer.{name} must be at least 0 and below 1.")
-        for name in ("decay_fraction", "final_ratio"):
-            require(0 <= getattr(self, name) <= 1, f"optimizer.{name} must lie between 0 and 1.")
 
 
 def schedule(config: OptimizerConfig, step: int, total_steps: int) -> float:

@@ -17,8 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from model.gpt import ModelConfig
-from model.optimizer import OptimizerConfig
+from model.config import ModelConfig, OptimizerConfig
 from model.settings import require, setting
 from model.tokenizer import NAMED_TOKENIZERS
 

@@ -244,6 +244,9 @@ class ModelAnswer(BaseModel):
     bits_per_byte: float | None
     context_length: int
     vocabulary_size: int
+    weights: str  # how they are stored while serving
+    probe_bits_per_byte: float  # on the probe text, of the weights as stored
+    probe_bits_per_byte_change: float  # that, less the same of the weights as registered
     last_swap_error: str | None
 
 

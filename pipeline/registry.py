@@ -6,6 +6,7 @@ A version is read as files (safetensors and JSON), never unpickled.
 import logging
 import math
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from model.engine import Engine, GenerationRequest
 from model.gpt import GPT
 from model.sampling import SamplingSettings
 from model.tokenizer import Tokenizer, load_tokenizer
+from model.training import bits_per_byte
 
 logger = logging.getLogger("ray.serve")
 
@@ -72,6 +74,9 @@ class LoadedVersion:
     tokenizer: Tokenizer
     context_length: int
     num_parameters: int
+    weights: str = ""  # how they are stored while serving: float32, bfloat16 or int8
+    probe_bits_per_byte: float = math.nan  # of the weights as registered
+    served_probe_bits_per_byte: float = math.nan  # of the weights as stored
 
 
 def resolve(name: str, selector: str) -> VersionRecord:
@@ -116,14 +121,37 @@ def find_checkpoint(artifacts: Path, record: VersionRecord) -> Path:
 @torch.inference_mode()
 def measure_probe(model: GPT, tokenizer: Tokenizer) -> float:
     """Bits per byte of the probe text: the number that says whether weights and tokenizer are the ones registered."""
-    ids = [tokenizer.end_of_text, *tokenizer.encode(PROBE_TEXT).tolist()]
-    window = model.config.context_length
     device = next(model.parameters()).device
     nats = 0.0
-    for start in range(0, len(ids) - 1, window):
-        part = torch.tensor(ids[start : start + window + 1], device=device)[None]
+    for window in probe_windows(tokenizer, model.config.context_length):
+        part = torch.tensor(window, device=device)[None]
         nats += float(model.loss(part[:, :-1], part[:, 1:]).item())
-    return nats / math.log(2) / len(PROBE_TEXT.encode())
+    return bits_per_byte(nats, len(PROBE_TEXT.encode()))
+
+
+def measure_served_probe(engine: Engine, tokenizer: Tokenizer) -> float:
+    """The same number from an engine that nobody uses yet: what its way of storing weights made of it.
+
+    Raises `ValueError` if the engine does not answer.
+    """
+    settings = SamplingSettings(max_tokens=1, temperature=0.0, echo=True, logprobs=0)
+    nats = 0.0
+    for number, window in enumerate(probe_windows(tokenizer, engine.context_length)):
+        engine.add(GenerationRequest(f"probe-{number}", window, settings, deadline=None))
+        while engine.has_work:
+            for chunk in engine.step():
+                if chunk.finish_reason not in (None, "stop", "length"):
+                    raise ValueError(f"it does not answer ({chunk.finish_reason}: {chunk.error})")
+                if chunk.is_prompt:
+                    nats -= sum(each.logprob for each in chunk.logprobs or () if each.logprob is not None)
+    return bits_per_byte(nats, len(PROBE_TEXT.encode()))
+
+
+def probe_windows(tokenizer: Tokenizer, context_length: int) -> Iterator[list[int]]:
+    """The probe text's tokens in parts that overlap by one, each leaving the context room for an answer of one."""
+    ids = [tokenizer.end_of_text, *tokenizer.encode(PROBE_TEXT).tolist()]
+    for start in range(0, len(ids) - 1, context_length - 2):
+        yield ids[start : start + context_length - 1]
 
 
 def check_probe(record: VersionRecord, measured: float, tolerance: float) -> None:

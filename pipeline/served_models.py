@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -179,9 +179,17 @@ class ServedModels:
 
     def _load_and_probe(self, record: VersionRecord) -> tuple[LoadedVersion, Engine]:
         loaded, model = registry.load(record, self._device)
-        registry.check_probe(record, registry.measure_probe(model, loaded.tokenizer), self._probe_tolerance)
+        probe = registry.measure_probe(model, loaded.tokenizer)
+        registry.check_probe(record, probe, self._probe_tolerance)
         engine = Engine(model, loaded.tokenizer, self._engine_settings)
         registry.check_answers(engine, loaded.tokenizer)
+        served = registry.measure_served_probe(engine, loaded.tokenizer)
+        weights = engine.runner.weights
+        logger.info(
+            "%s weights of version %s: %.4f bits per byte on the probe text, %+.4f beside the registered weights.",
+            weights, record.version, served, served - probe,
+        )  # fmt: skip
+        loaded = replace(loaded, weights=weights, probe_bits_per_byte=probe, served_probe_bits_per_byte=served)
         return loaded, engine
 
     async def _fill_card(self, version: LiveVersion) -> None:
@@ -213,5 +221,8 @@ class ServedModels:
             bits_per_byte=loaded.record.bits_per_byte,
             context_length=loaded.context_length,
             vocabulary_size=loaded.tokenizer.vocab_size,
+            weights=loaded.weights,
+            probe_bits_per_byte=round(loaded.served_probe_bits_per_byte, 5),
+            probe_bits_per_byte_change=round(loaded.served_probe_bits_per_byte - loaded.probe_bits_per_byte, 5),
             last_swap_error=seat.swap_error,
         )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
+from model.engine import Engine, EngineSettings
 from pipeline import registry
 from pipeline.config import ServeConfig
 from pipeline.openai_api import CompletionRequest
@@ -128,11 +129,21 @@ def test_stop_strings_are_left_out(client: openai.OpenAI) -> None:
 
 
 def test_beams_best_of_and_our_own_settings(client: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {"model": "tiny", "prompt": "Return", "max_tokens": 5}
-    client.completions.create(**asked, best_of=3, seed=1)
-    client.completions.create(**asked, extra_body={"num_beams": 3}, n=2)
+    never_ends = {"399": -100}
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "Return", "max_tokens": 5, "logit_bias": never_ends}
+
+    def mean(choice: Any) -> float:
+        return sum(choice.logprobs.token_logprobs) / len(choice.logprobs.token_logprobs)
+
+    three = client.completions.create(**asked, n=3, seed=1, logprobs=0).choices
+    [best] = client.completions.create(**asked, best_of=3, seed=1, logprobs=0).choices
+    assert best.text == max(three, key=mean).text
+    first, second = client.completions.create(**asked, extra_body={"num_beams": 3}, n=2).choices
+    assert first.text != second.text
     extra = {"top_k": 5, "min_p": 0.01, "typical_p": 0.9, "repetition_penalty": 1.2, "prompt_lookup_tokens": 3}
-    client.completions.create(**asked, extra_body=extra)
+    answer = client.completions.create(**asked, extra_body=extra)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 5
 
 
 def test_tokenize_round_trip(http: httpx.Client) -> None:
@@ -303,3 +314,22 @@ def test_the_probe_text_measures_the_model(tiny_registry: TinyRegistry) -> None:
         registry.check_probe(loaded.record, measured * 1.1, 0.02)
     with pytest.raises(ValueError, match="nan"):
         registry.check_probe(loaded.record, math.nan, 0.02)
+
+
+@pytest.mark.parametrize(("weights", "largest_change"), [("float32", 1e-4), ("bfloat16", 0.05), ("int8", 0.1)])
+def test_the_engine_measures_the_same_less_what_its_weights_cost(
+    tiny_registry: TinyRegistry, weights: str, largest_change: float
+) -> None:
+    loaded, model = registry.load(registry.resolve("tiny", "1"), torch.device("cpu"))
+    engine = Engine(model, loaded.tokenizer, EngineSettings(max_batch_size=2, weights=weights))
+    change = registry.measure_served_probe(engine, loaded.tokenizer) - registry.measure_probe(model, loaded.tokenizer)
+    assert abs(change) < largest_change
+    if weights != "float32":
+        assert abs(change) > 1e-6, "weights that lose precision show it"
+
+
+def test_models_says_what_the_weights_cost(http: httpx.Client) -> None:
+    entry = http.get("/v1/models").json()["data"][0]
+    assert entry["weights"] == "float32"
+    assert abs(entry["probe_bits_per_byte_change"]) < 1e-4
+    assert entry["probe_bits_per_byte"] > 1

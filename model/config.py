@@ -1,0 +1,114 @@
+"""The settings of the model and its optimizer, apart from the code that needs torch, whose import takes seconds."""
+
+import math
+from dataclasses import dataclass
+
+from model.settings import require, setting
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    family: str = setting("modern", "modern (Qwen3-compatible) or classic (GPT-2)")
+    num_layers: int = setting(8, "transformer blocks")
+    width: int = setting(512, "channels of the residual stream")
+    num_heads: int = setting(4, "attention heads")
+    num_kv_heads: int = setting(0, "modern: heads of keys and values, shared by groups of heads; 0: num_heads")
+    head_dim: int = setting(0, "modern: channels of each head; 0: width / num_heads")
+    mlp_width: int = setting(0, "channels inside the MLP; 0: 4 x width (classic), 8/3 x width up to a 128th (modern)")
+    context_length: int = setting(1024, "tokens the model sees at once")
+    dropout: float = setting(0.0, "classic: share of activations dropped while training")
+    tie_embeddings: bool = setting(False, "one matrix for the token embedding and the head, as GPT-2 has")
+    rope_theta: float = setting(10_000.0, "modern: base of the rotary wavelengths; larger for long contexts")
+
+    def __post_init__(self) -> None:
+        require(
+            self.family in ("modern", "classic"),
+            f"model.family is {self.family!r}; it can be modern or classic.",
+        )
+        for name in ("num_layers", "width", "num_heads", "context_length"):
+            require(getattr(self, name) > 0, f"model.{name} must be positive.")
+        for name in ("num_kv_heads", "head_dim", "mlp_width"):
+            require(getattr(self, name) >= 0, f"model.{name} cannot be negative; 0 derives it.")
+        require(0 <= self.dropout < 1, "model.dropout must be at least 0 and below 1.")
+        require(self.rope_theta > 1, "model.rope_theta must be above 1.")
+        require(
+            self.head_dim > 0 or self.width % self.num_heads == 0,
+            "model.width must be divisible by model.num_heads.",
+        )
+        if self.family == "classic":
+            require(
+                self.num_kv_heads in (0, self.num_heads) and self.head_dim in (0, self.width // self.num_heads),
+                "model.family=classic is GPT-2, which has no model.num_kv_heads or model.head_dim; leave them 0.",
+            )
+        else:
+            require(
+                self.dropout == 0,
+                "model.family=modern has no dropout; set model.dropout=0, or model.family=classic.",
+            )
+            require(
+                self.num_heads % self.kv_heads == 0,
+                "model.num_heads must be divisible by model.num_kv_heads.",
+            )
+            require(self.channels_per_head % 2 == 0, "model.head_dim must be even: RoPE turns pairs of channels.")
+
+    @property
+    def is_modern(self) -> bool:
+        return self.family == "modern"
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def channels_per_head(self) -> int:
+        return self.head_dim or self.width // self.num_heads
+
+    @property
+    def mlp_channels(self) -> int:
+        if self.mlp_width:
+            return self.mlp_width
+        # SwiGLU has three matrices where GELU has two: 8/3 keeps the parameters of 4.
+        return math.ceil(8 * self.width / 3 / 128) * 128 if self.is_modern else 4 * self.width
+
+    @property
+    def norm_epsilon(self) -> float:
+        return 1e-6 if self.is_modern else 1e-5
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    kind: str = setting("muon", "muon (2-D block weights, AdamW for the rest) or adamw (all weights)")
+    learning_rate: float = setting(6e-4, "adamw: peak learning rate of all weights")
+    muon_learning_rate: float = setting(0.02, "muon: peak learning rate of the blocks' matrices")
+    embedding_learning_rate: float = setting(0.2, "muon: peak learning rate of the token embedding")
+    head_learning_rate: float = setting(0.004, "muon: peak learning rate of the head, or of a tied embedding")
+    scalar_learning_rate: float = setting(0.01, "muon: peak learning rate of norms and biases")
+    weight_decay: float = setting(0.1, "pull of the matrices to zero, in units of their learning rate")
+    weight_decay_to_zero: bool = setting(True, "muon: the weight decay falls linearly to zero over the run")
+    beta1: float = setting(0.9, "AdamW: memory of the gradient")
+    beta2: float = setting(0.95, "AdamW: memory of its square")
+    epsilon: float = setting(1e-8, "AdamW: added to the root of the square")
+    momentum: float = setting(0.95, "muon: memory of the gradient")
+    momentum_start: float = setting(0.85, "muon: momentum at the first step")
+    momentum_warmup_steps: int = setting(300, "muon: steps from momentum_start to momentum")
+    schedule: str = setting("linear", "linear (warm-up, constant, linear decay) or cosine (warm-up, cosine decay)")
+    warmup_steps: int = setting(0, "steps over which the learning rate rises to its peak")
+    decay_fraction: float = setting(0.65, "linear: share of the steps, at the end, over which the rate falls")
+    final_ratio: float = setting(0.05, "learning rate at the end, as a share of its peak")
+    clip_norm: float = setting(0.0, "gradients longer than this are shortened to it; 0: never")
+
+    def __post_init__(self) -> None:
+        require(self.kind in ("muon", "adamw"), f"optimizer.kind is {self.kind!r}; it can be muon or adamw.")
+        require(
+            self.schedule in ("linear", "cosine"),
+            f"optimizer.schedule is {self.schedule!r}; it can be linear or cosine.",
+        )
+        rates = ("learning_rate", "muon_learning_rate", "embedding_learning_rate")
+        for name in (*rates, "head_learning_rate", "scalar_learning_rate", "epsilon"):
+            require(getattr(self, name) > 0, f"optimizer.{name} must be positive.")
+        for name in ("weight_decay", "warmup_steps", "momentum_warmup_steps", "clip_norm"):
+            require(getattr(self, name) >= 0, f"optimizer.{name} cannot be negative.")
+        for name in ("beta1", "beta2", "momentum", "momentum_start"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name} must be at least 0 and below 1.")
+        for name in ("decay_fraction", "final_ratio"):
+            require(0 <= getattr(self, name) <= 1, f"optimizer.{name} must lie between 0 and 1.")

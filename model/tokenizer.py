@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,23 @@ PATTERNS = {
         r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
     ),
 }
+# tiktoken's cl100k_base and o200k_base, as `named_tokenizer` spells them.
+LARGE_PATTERNS = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
 CHARACTER_PATTERN = r"[\s\S]"
+
+# Every pattern here ends so: of a run of white space before a word, all but the last character are one piece.
+LOOKAHEADS = (r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s", r"|\s++$|\s+(?!\S)|\s", r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+SIMPLER = (r"|\s+$|\s*[\r\n]|\s{3,}|\s", r"|\s+$|\s{3,}|\s", r"|\s*[\r\n]+|\s+$|\s{3,}|\s")
+SPACE_BYTES = bytes(  # of all characters that \s matches
+    {byte for code in range(0x10000) if chr(code).isspace() for byte in chr(code).encode()}
+)
+CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
 
 # Longer texts are encoded in parts: tiktoken's time grows with the square of a piece, and its regex overflows the
 # stack on millions of equal characters.
@@ -59,10 +75,10 @@ class Tokenizer:
         missing = sum(bytes([byte]) not in ranks for byte in range(256))
         if missing:
             raise ValueError(f"The tokenizer {name!r} lacks {missing} of the 256 byte tokens; train it again.")
-        self._encoding = tiktoken.Encoding(
-            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.end_of_text}
-        )
         self._character_ids = _character_table(ranks) if pattern == CHARACTER_PATTERN else None
+        simpler = simplify_pattern(pattern)
+        self._fast = None if simpler is None else self._build_encoding(simpler)
+        self._spaces = np.array([_count_spaces(token) for token in token_bytes], dtype=np.int8)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, (self.name, self.pattern, self.token_bytes)
@@ -75,14 +91,29 @@ class Tokenizer:
                 if not (ids < 0).any():
                     return ids.astype(self.dtype)
             if len(text) <= PART_CHARACTERS:
-                return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
-            parts = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in split_long_text(text)]
-            return np.concatenate(parts).astype(self.dtype)
+                return self._encode_part(text).astype(self.dtype)
+            return np.concatenate([self._encode_part(part) for part in split_long_text(text)]).astype(self.dtype)
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"The text is not valid Unicode: character {error.start} is the lone surrogate"
                 f" U+{ord(text[error.start]):04X}."
             ) from None
+
+    def _encode_part(self, text: str) -> np.ndarray:
+        if self._fast is not None:
+            ids = self._fast.encode_to_numpy(text, disallowed_special=())
+            if not _has_long_space(self._spaces[ids]):
+                return ids
+        return self._exact.encode_to_numpy(text, disallowed_special=())
+
+    @cached_property
+    def _exact(self) -> tiktoken.Encoding:
+        return self._build_encoding(self.pattern)
+
+    def _build_encoding(self, pattern: str) -> tiktoken.Encoding:
+        ranks = {token: rank for rank, token in enumerate(self.token_bytes) if token}
+        special = {END_OF_TEXT: self.end_of_text}
+        return tiktoken.Encoding(self.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
     def decode_bytes(self, ids: Iterable[int] | np.ndarray) -> bytes:
         """Return the exact bytes of some ids; the end of text has none."""
@@ -247,6 +278,44 @@ def check_pattern(pattern: str) -> None:
         raise ValueError(f"tokenizer.pattern is not a regular expression: {error}.") from None
     if bytes(ids) != probe.encode():
         raise ValueError("tokenizer.pattern does not match every character of a text, so text would be lost.")
+
+
+def simplify_pattern(pattern: str) -> str | None:
+    """Return a pattern without look-ahead and possessive repetition, or None where that is not known to be safe.
+
+    With these, tiktoken's regex engine backtracks; without, it is an automaton, and encoding 1.7 times as fast. The
+    pieces are the same except where three or more white space characters stand before a word: these become one
+    piece, by whose tokens it is noticed (`_has_long_space`). In the patterns known here no repetition could give
+    back anything with which the rest of its part would match, so possession changes nothing.
+    """
+    if pattern not in (*PATTERNS.values(), *LARGE_PATTERNS):
+        return None
+    for ending, simpler in zip(LOOKAHEADS, SIMPLER, strict=True):
+        if pattern.endswith(ending):
+            begin = pattern.removesuffix(ending)
+            return begin.replace("++", "+").replace("?+", "?").replace("*+", "*") + simpler
+    return None
+
+
+def _count_spaces(token: bytes) -> int:
+    """Count the white space characters that end in a token of nothing else; -1 if it holds anything else.
+
+    A token may be a part of a character: one that only begins a character counts none, and so many bytes as go on
+    with one count as many.
+    """
+    if not token or token.translate(None, SPACE_BYTES):
+        return -1
+    whole = token.lstrip(CONTINUATION_BYTES)
+    return min(len(token) - len(whole) + len(whole.decode(errors="ignore")), 100)
+
+
+def _has_long_space(spaces: np.ndarray) -> bool:
+    """Tell whether neighbouring tokens of white space, as `_count_spaces` counts them, hold three characters of it."""
+    places = (spaces >= 0).nonzero()[0]
+    if len(places) == 0:
+        return False
+    firsts = np.concatenate(([0], (places[1:] - places[:-1] != 1).nonzero()[0] + 1))
+    return bool(np.add.reduceat(spaces[places], firsts, dtype=np.int64).max() >= 3)
 
 
 def split_long_text(text: str, part_characters: int = PART_CHARACTERS) -> Iterator[str]:

@@ -344,16 +344,17 @@ class Progress:
             self._print("\r" if self._is_terminal else "\n")
 
     def close(self) -> None:
+        self._total_bytes = self._sum.source_bytes  # it was an estimate
         self._print("\n")
 
     def _print(self, end: str) -> None:
         self._printed = time.monotonic()
         seconds = self._printed - self._began
         speed = (self._sum.source_bytes - self._bytes_before) / max(seconds, 1e-9)
-        left = max(self._total_bytes - self._sum.source_bytes, 0) / speed if speed and end != "\n" else 0
+        left = max(self._total_bytes - self._sum.source_bytes, 0) / speed if speed else 0
         print(
             f"{self._label:<9} {self._sum.documents:,} documents, {self._sum.source_bytes / 1e6:,.0f} MB"
-            f" of about {max(self._total_bytes, self._sum.source_bytes) / 1e6:,.0f}, {speed / 1e6:.1f} MB/s,"
+            f" of {max(self._total_bytes, self._sum.source_bytes) / 1e6:,.0f}, {speed / 1e6:.1f} MB/s,"
             f" {self._sum.tokens:,} tokens, {left:,.0f} s left   ",
             end=end,
             file=sys.stderr,

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import fsspec
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
@@ -373,21 +374,27 @@ def _parse_jsonl(stream: IO[bytes], source: SourceConfig, where: str, start: int
         start += len(line)
         if not line.strip():
             continue
-        written, note = _decode(line, source, where)
-        if written is None:
-            yield None, note
-            continue
+        note, is_odd = "", False
         try:
-            row = json.loads(written.removeprefix("\ufeff"))
-        except (ValueError, RecursionError):
-            yield None, NOT_JSON
-            continue
+            row = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            is_odd = True
+            # A byte order mark, bytes that are not UTF-8, half a character, or no JSON: the lenient reader tells.
+            written, note = _decode(line, source, where)
+            if written is None:
+                yield None, note
+                continue
+            try:
+                row = json.loads(written.removeprefix("\ufeff"))
+            except (ValueError, RecursionError):
+                yield None, NOT_JSON
+                continue
         columns.update(row if isinstance(row, dict) else ())
         text = row.get(source.text_column) if isinstance(row, dict) else None
         if not isinstance(text, str):
             yield None, NO_TEXT
             continue
-        if b"\\u" in line:
+        if is_odd and b"\\u" in line:
             mended, why = _without_surrogates(text, source, where)
             yield mended, why or note
         else:

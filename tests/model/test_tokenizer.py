@@ -3,6 +3,7 @@
 import json
 import pickle
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,14 @@ from hypothesis import strategies as st
 
 from model.tokenizer import (
     END_OF_TEXT,
+    LARGE_PATTERNS,
     PATTERNS,
     Tokenizer,
     build_char,
     check_pattern,
     load_tokenizer,
     named_tokenizer,
+    simplify_pattern,
     split_long_text,
     train_bpe,
 )
@@ -29,12 +32,8 @@ CORPUS = [
     "日本語のテキストと漢字。Смешанный текст. مرحبا",
     "def main(argv):\n    return [item for item in argv if item]\n",
 ] * 3
-# What tiktoken's newest vocabulary splits by: its pattern must survive the journey through tokenizer.json too.
-O200K_LIKE = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# Its vocabulary has runs of white space, and white space with what follows.
+SPACED_CORPUS = [*CORPUS, "\n\n\n    x\r\n\r\n  y\t\t\tz   .\u3000\u3000a\xa0b\n" * 20]
 ODD_TEXTS = [
     "",
     " ",
@@ -51,11 +50,14 @@ ODD_TEXTS = [
 EVERY_CHARACTER = "".join(chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
 
 
-@pytest.fixture(scope="module", params=["gpt2", "gpt4", "o200k", "char"])
+ALL_PATTERNS = {**PATTERNS, "cl100k": LARGE_PATTERNS[0], "o200k": LARGE_PATTERNS[1]}
+
+
+@pytest.fixture(scope="module", params=[*ALL_PATTERNS, "char"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     if request.param == "char":
         return build_char(CORPUS, 300)
-    return train_bpe(CORPUS, 420, PATTERNS.get(request.param, O200K_LIKE))
+    return train_bpe(CORPUS, 420, ALL_PATTERNS[request.param])
 
 
 @pytest.mark.parametrize("text", [*ODD_TEXTS, *CORPUS[:4]])
@@ -75,6 +77,42 @@ def test_every_character_of_unicode_comes_back(tokenizer: Tokenizer) -> None:
 def test_any_string_comes_back(text: str) -> None:
     tokenizer = load_small()
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("name", ALL_PATTERNS)
+@settings(max_examples=400, deadline=None)
+@given(
+    text=st.text(
+        alphabet=st.one_of(
+            st.sampled_from(" \t\n\r\x0b\x1c\x85\xa0\u2003\u2028\u3000"),
+            st.sampled_from("aZÉß'sSt19½.,!/日\u0301\u02b0\u01c5🌍"),
+            st.characters(exclude_categories=["Cs"]),
+        )
+    )
+)
+def test_the_faster_pattern_gives_the_same_tokens(name: str, text: str) -> None:
+    tokenizer = load_for(name)
+    assert tokenizer._fast is not None
+    expected = tokenizer._exact.encode_to_numpy(text, disallowed_special=())
+    assert tokenizer.encode(text).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("name", ALL_PATTERNS)
+@pytest.mark.parametrize("text", ["a b\n\nc d", 'no, no.\n\nWell 10 "men" don\'t\n', "naïve — “so”…\n\n“Yes”\n\n–"])
+def test_ordinary_text_takes_the_fast_way(name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_for(name)
+    monkeypatch.setitem(vars(tokenizer), "_exact", None)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@cache
+def load_for(name: str) -> Tokenizer:
+    return train_bpe(SPACED_CORPUS, 500, ALL_PATTERNS[name])
+
+
+def test_other_patterns_are_left_as_they_are() -> None:
+    assert simplify_pattern(r"\w+|\W") is None
+    assert simplify_pattern(r"\p{L}++\p{L}|\s++$|\s+(?!\S)|\s") is None
 
 
 def load_small(cache: list[Tokenizer] = []) -> Tokenizer:  # noqa: B006
@@ -138,14 +176,14 @@ def test_the_most_frequent_characters_are_kept() -> None:
     assert build_char(["ééé日日ж"], 259).token_bytes[256:] == ["é".encode(), "日".encode(), b""]
 
 
-@pytest.mark.parametrize("pattern", ["gpt2", "gpt4", "o200k"])
+@pytest.mark.parametrize("pattern", ALL_PATTERNS)
 def test_cutting_a_long_text_leaves_its_ids_as_they_were(pattern: str) -> None:
-    tokenizer = train_bpe(CORPUS, 420, PATTERNS.get(pattern, O200K_LIKE))
+    tokenizer = train_bpe(CORPUS, 420, ALL_PATTERNS[pattern])
     text = "\n".join([*CORPUS, "  x \n\n  y's\t.\n/ z。\nword\n  \nend "] * 20)
     parts = list(split_long_text(text, 400))
     assert "".join(parts) == text
     assert len(parts) > 10
-    whole = tokenizer._encoding.encode_to_numpy(text, disallowed_special=())
+    whole = tokenizer._exact.encode_to_numpy(text, disallowed_special=())
     assert [token for part in parts for token in tokenizer.encode(part)] == whole.tolist()
 
 

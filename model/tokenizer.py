@@ -11,7 +11,7 @@ Every single byte is a token, so every valid string can be encoded and comes bac
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -85,26 +85,42 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text; `<|endoftext|>` in it is text. Raises `ValueError` on lone surrogates."""
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encode several texts, which for short ones is faster than each alone."""
         try:
             if self._character_ids is not None:
-                ids = self._character_ids[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)]
-                if not (ids < 0).any():
-                    return ids.astype(self.dtype)
-            if len(text) <= PART_CHARACTERS:
-                return self._encode_part(text).astype(self.dtype)
-            return np.concatenate([self._encode_part(part) for part in split_long_text(text)]).astype(self.dtype)
+                return [self._encode_characters(text) for text in texts]
+            split = [[text] if len(text) <= PART_CHARACTERS else [*split_long_text(text)] for text in texts]
+            parts = self._encode_parts([part for parts in split for part in parts])
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"The text is not valid Unicode: character {error.start} is the lone surrogate"
-                f" U+{ord(text[error.start]):04X}."
+                f" U+{ord(error.object[error.start]):04X}."
             ) from None
+        encoded, first = [], 0
+        for own in split:
+            found = parts[first : first + len(own)]
+            first += len(own)
+            encoded.append((found[0] if len(own) == 1 else np.concatenate(found)).astype(self.dtype))
+        return encoded
 
-    def _encode_part(self, text: str) -> np.ndarray:
-        if self._fast is not None:
-            ids = self._fast.encode_to_numpy(text, disallowed_special=())
-            if not _has_long_space(self._spaces[ids]):
-                return ids
-        return self._exact.encode_to_numpy(text, disallowed_special=())
+    def _encode_parts(self, parts: list[str]) -> list[np.ndarray]:
+        if self._fast is None or not parts:
+            return [self._exact.encode_to_numpy(part, disallowed_special=()) for part in parts]
+        encoded = [self._fast.encode_to_numpy(part, disallowed_special=()) for part in parts]
+        starts = np.cumsum([0, *map(len, encoded[:-1])])
+        for number in _with_long_spaces(self._spaces[np.concatenate(encoded)], starts):
+            encoded[number] = self._exact.encode_to_numpy(parts[number], disallowed_special=())
+        return encoded
+
+    def _encode_characters(self, text: str) -> np.ndarray:
+        assert self._character_ids is not None
+        ids = self._character_ids[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)]
+        if (ids < 0).any():
+            ids = self._exact.encode_to_numpy(text, disallowed_special=())
+        return ids.astype(self.dtype)
 
     @cached_property
     def _exact(self) -> tiktoken.Encoding:
@@ -285,7 +301,7 @@ def simplify_pattern(pattern: str) -> str | None:
 
     With these, tiktoken's regex engine backtracks; without, it is an automaton, and encoding 1.7 times as fast. The
     pieces are the same except where three or more white space characters stand before a word: these become one
-    piece, by whose tokens it is noticed (`_has_long_space`). In the patterns known here no repetition could give
+    piece, by whose tokens it is noticed (`_with_long_spaces`). In the patterns known here no repetition could give
     back anything with which the rest of its part would match, so possession changes nothing.
     """
     if pattern not in (*PATTERNS.values(), *LARGE_PATTERNS):
@@ -309,13 +325,19 @@ def _count_spaces(token: bytes) -> int:
     return min(len(token) - len(whole) + len(whole.decode(errors="ignore")), 100)
 
 
-def _has_long_space(spaces: np.ndarray) -> bool:
-    """Tell whether neighbouring tokens of white space, as `_count_spaces` counts them, hold three characters of it."""
+def _with_long_spaces(spaces: np.ndarray, starts: np.ndarray) -> list[int]:
+    """Find the texts in which neighbouring tokens of white space may hold three characters of it, or more.
+
+    `spaces` holds the tokens of all texts as `_count_spaces` counts them, and text i begins at `starts[i]`.
+    """
     places = (spaces >= 0).nonzero()[0]
     if len(places) == 0:
-        return False
-    firsts = np.concatenate(([0], (places[1:] - places[:-1] != 1).nonzero()[0] + 1))
-    return bool(np.add.reduceat(spaces[places], firsts, dtype=np.int64).max() >= 3)
+        return []
+    owners = starts.searchsorted(places, side="right") - 1
+    is_first = (np.diff(places) != 1) | (np.diff(owners) != 0)
+    firsts = np.concatenate(([0], is_first.nonzero()[0] + 1))
+    lengths = np.add.reduceat(spaces[places], firsts, dtype=np.int64)
+    return np.unique(owners[firsts[lengths >= 3]]).tolist()
 
 
 def split_long_text(text: str, part_characters: int = PART_CHARACTERS) -> Iterator[str]:

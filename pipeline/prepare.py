@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,6 +39,7 @@ from pipeline.sources import REPLACED, Slice, read, read_pieces, slices
 
 FORMAT_VERSION = 1
 ROW_GROUP_TOKENS = 1_000_000
+DOCUMENTS_PER_BATCH = 64  # encoded together
 BYTES_PER_TOKEN = 4.2  # of English with a large vocabulary: how much text fills one shard
 SPLITS = ("train", "val")
 EMPTY = "empty"
@@ -332,8 +334,7 @@ class Progress:
         for tally in finished:
             self._sum.add(tally)
         self._bytes_before = self._sum.source_bytes
-        self._began = time.monotonic()
-        self._printed = 0.0
+        self._began = self._printed = time.monotonic()
         self._is_terminal = sys.stderr.isatty()
         if self._bytes_before:
             print(f"{self._label:<9} {self._bytes_before / 1e6:,.0f} MB are done already", file=sys.stderr, flush=True)
@@ -416,23 +417,27 @@ def prepare_unit(job: Job, part: Slice, name: str, payload: list[bytes] | None =
     train = ShardWriter(job.output, f"train/{name}-{{:03d}}.parquet", tokenizer, job.settings.shard_tokens * 3 // 2)
     val = ShardWriter(job.output, f"work/{name}.val.parquet", tokenizer)
     doomed = _read_duplicates(job, name)
-    for position, text, note in _clean_documents(job, part, payload, tally):
-        if position in doomed:
-            tally.dropped[doomed[position]] += 1
-            continue
-        content = text.encode()
-        tally.replaced += note == REPLACED
-        ids = tokenizer.encode(text)
-        score = int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
-        is_val = score < job.val_below
-        if not is_val:
-            tally.lowest_hash = min(tally.lowest_hash, score)
-        (val if is_val else train).add(ids)
-        counts = tally.splits[SPLITS[is_val]]
-        counts["documents"] += 1
-        counts["tokens"] += len(ids) + 1
-        counts["bytes"] += len(content)
-        tally.lengths[len(ids).bit_length()] += 1
+    documents = _clean_documents(job, part, payload, tally)
+    while batch := list(islice(documents, DOCUMENTS_PER_BATCH)):
+        kept = []
+        for position, text, note in batch:
+            if position in doomed:
+                tally.dropped[doomed[position]] += 1
+            else:
+                tally.replaced += note == REPLACED
+                kept.append(text)
+        for text, ids in zip(kept, tokenizer.encode_all(kept), strict=True):
+            content = text.encode()
+            score = int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
+            is_val = score < job.val_below
+            if not is_val:
+                tally.lowest_hash = min(tally.lowest_hash, score)
+            (val if is_val else train).add(ids)
+            counts = tally.splits[SPLITS[is_val]]
+            counts["documents"] += 1
+            counts["tokens"] += len(ids) + 1
+            counts["bytes"] += len(content)
+            tally.lengths[len(ids).bit_length()] += 1
     tally.files = train.close() | val.close()
     record = tally.to_json()
     job.output.write_text(f"work/{name}{UNIT}", record)

@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="a .jsonl with a column text; default: Python's documentation")
     parser.add_argument("--tokenizer", default="gpt2", help="a name that tiktoken knows")
     parser.add_argument("--peers", default=sys.executable, help="the Python that has datatrove and datasets")
-    parser.add_argument("--rounds", type=int, default=1, help="how often to measure tiktoken and prepare, in turn")
+    parser.add_argument("--rounds", type=int, default=3, help="how often to measure tiktoken and prepare, in turn")
     parser.add_argument("--skip-peers", action="store_true")
     options = parser.parse_args()
     set_environment()
@@ -243,7 +243,7 @@ def time_peer(python: str, name: str, program: str, folder: Path, tokenizer: str
     module = name.partition(".")[0]
     if subprocess.run([python, "-c", f"import {module}"], capture_output=True).returncode:
         return None
-    script, output = folder / f"{module}.py", folder / f"output_{module}"
+    script, output = folder / f"run_{module}.py", folder / f"output_{module}"  # not the peer's own name
     script.write_text(textwrap.dedent(program))
     output.mkdir()
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder), "TOKENIZERS_PARALLELISM": "false"}

@@ -110,6 +110,15 @@ def load_for(name: str) -> Tokenizer:
     return train_bpe(SPACED_CORPUS, 500, ALL_PATTERNS[name])
 
 
+@pytest.mark.parametrize("name", ALL_PATTERNS)
+@settings(max_examples=100, deadline=None)
+@given(texts=st.lists(st.text(alphabet="ab \n\u3000“"), max_size=8))
+def test_texts_encoded_together_do_not_touch(name: str, texts: list[str]) -> None:
+    tokenizer = load_for(name)
+    together = [ids.tolist() for ids in tokenizer.encode_all(texts)]
+    assert together == [tokenizer._exact.encode_to_numpy(text, disallowed_special=()).tolist() for text in texts]
+
+
 def test_other_patterns_are_left_as_they_are() -> None:
     assert simplify_pattern(r"\w+|\W") is None
     assert simplify_pattern(r"\p{L}++\p{L}|\s++$|\s+(?!\S)|\s") is None

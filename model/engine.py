@@ -14,6 +14,8 @@ import logging
 import secrets
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -210,13 +212,19 @@ class Engine:
             return []
         try:
             logits = self.runner.run([item for _, _, work in scheduled for item in work])
-            healthy = logits.amax(-1).isfinite().tolist()
+            with self._one_thread():
+                healthy = logits.amax(-1).isfinite().tolist()
         except Exception as error:
             if len(scheduled) > 1:
                 # Running again alone is harmless (it writes the same keys and values) and finds whose fault it was.
                 return [chunk for one in scheduled if self._knows(one[0]) for chunk in self._advance([one])]
             log.exception("A step failed for request %s.", scheduled[0][0].request.request_id)
             return self._end(scheduled[0][0], "error", f"The model failed with {type(error).__name__}.")
+        with self._one_thread():
+            return self._take_tokens(scheduled, logits, healthy)
+
+    def _take_tokens(self, scheduled: list[Scheduled], logits: Tensor, healthy: list[bool]) -> list[Chunk]:
+        """Choose from the logits [rows, V] of everybody's work, and say what came of it."""
         chunks: list[Chunk] = []
         rows: list[tuple[Answer, Task, Tensor]] = []
         first = 0
@@ -234,6 +242,23 @@ class Engine:
                 for source, target in task.advance(part):
                     self.runner.copy(source, target, task.num_cached)
         return chunks + self._emit([(answer, task) for answer, task, _ in rows])
+
+    @contextmanager
+    def _one_thread(self) -> Iterator[None]:
+        """Keep torch to one thread beside the kernel's.
+
+        Torch's second thread, once woken for some rows of logits, spins for a while after; the kernel's own thread
+        does not get that core meanwhile, and the next pass of 16 rows took half as long again.
+        """
+        threads = torch.get_num_threads()
+        if threads == 1 or not isinstance(self.runner, KernelRunner):
+            yield
+            return
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     def _read(self, answer: Answer, task: Task, work: list[Work], logits: Tensor) -> list[tuple[Answer, Task, Tensor]]:
         """Note what of a prompt has run; return the texts that have logits [rows, V] to choose tokens from."""

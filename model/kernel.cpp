@@ -376,9 +376,9 @@ void apply(Crew& crew, const Linear& linear, int rows, const float* x, long x_st
         const int first = panel * PANEL, last = first + count * PANEL;
         const T* weights = (const T*)linear.panels + panel * panel_stride;
         // A few rows at a time, so that sums are finished while they are in the cache.
-        for (int row = 0; row < rows; row += 2 * MAX_ROWS) {
-            float sums[2 * MAX_ROWS][2 * PANEL];
-            const int height = std::min(2 * MAX_ROWS, rows - row);
+        for (int row = 0; row < rows; row += 3 * MAX_ROWS) {
+            float sums[3 * MAX_ROWS][2 * PANEL];
+            const int height = std::min(3 * MAX_ROWS, rows - row);
             multiply(height, count, weights, panel_stride, linear.inputs, x + row * x_stride, x_stride, sums[0],
                      2 * PANEL);
             for (int r = 0; r < height; ++r) {

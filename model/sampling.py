@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -109,6 +110,11 @@ class SamplingSettings:
             or bool(self.logit_bias)
         )
 
+    @cached_property
+    def bias(self) -> tuple[Tensor, Tensor]:
+        """The tokens of `logit_bias`, and what is added to their logits."""
+        return torch.tensor(list(self.logit_bias)), torch.tensor(list(self.logit_bias.values()), dtype=torch.float32)
+
 
 @dataclass(frozen=True)
 class TokenLogprob:
@@ -137,8 +143,8 @@ def penalize(logits: Tensor, settings: SamplingSettings, prompt: Sequence[int], 
         tokens, counts = torch.tensor(generated, device=logits.device).unique(return_counts=True)
         logits[tokens] -= settings.presence_penalty + settings.frequency_penalty * counts
     if settings.logit_bias:
-        tokens = torch.tensor(list(settings.logit_bias), device=logits.device)
-        logits[tokens] += torch.tensor(list(settings.logit_bias.values()), device=logits.device)
+        tokens, values = (part.to(logits.device) for part in settings.bias)
+        logits.index_add_(0, tokens, values)
     return logits
 
 

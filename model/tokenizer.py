@@ -13,6 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -92,19 +93,25 @@ class Tokenizer:
         try:
             if self._character_ids is not None:
                 return [self._encode_characters(text) for text in texts]
-            split = [[text] if len(text) <= PART_CHARACTERS else [*split_long_text(text)] for text in texts]
-            parts = self._encode_parts([part for parts in split for part in parts])
+            short = iter(self._encode_parts([text for text in texts if len(text) <= PART_CHARACTERS]))
+            return [
+                (next(short) if len(text) <= PART_CHARACTERS else self._encode_long(text)).astype(
+                    self.dtype, copy=False
+                )
+                for text in texts
+            ]
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"The text is not valid Unicode: character {error.start} is the lone surrogate"
                 f" U+{ord(error.object[error.start]):04X}."
             ) from None
-        encoded, first = [], 0
-        for own in split:
-            found = parts[first : first + len(own)]
-            first += len(own)
-            encoded.append((found[0] if len(own) == 1 else np.concatenate(found)).astype(self.dtype))
-        return encoded
+
+    def _encode_long(self, text: str) -> np.ndarray:
+        encoded = []
+        parts = split_long_text(text)
+        while some := list(islice(parts, 64)):  # not all at once: a text may be as large as the memory
+            encoded.append(np.concatenate(self._encode_parts(some)).astype(self.dtype))
+        return np.concatenate(encoded)
 
     def _encode_parts(self, parts: list[str]) -> list[np.ndarray]:
         if self._fast is None or not parts:

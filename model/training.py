@@ -93,7 +93,7 @@ def parallelize(
             device_ids=[device] if device.type == "cuda" else None,
             bucket_cap_mb=BUCKET_MEGABYTES,
             gradient_as_bucket_view=True,  # gradients live in the buckets: one copy less of them
-            broadcast_buffers=False,  # the rotary table is computed alike everywhere
+            forward_sync_buffers=False,  # the rotary table is computed alike everywhere
         )
     return module
 

@@ -10,6 +10,8 @@ busy moment of the machine falls on all of them; medians are reported.
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -224,6 +226,15 @@ def agreement(ours: list[int], theirs: list[int]) -> int:
     return same.index(False) if False in same else len(same)
 
 
+def http_overhead_milliseconds() -> float | None:
+    """What serve_http.py measures, in a process of its own; None where it cannot run."""
+    script = Path(__file__).with_name("serve_http.py")
+    done = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    if done.returncode:
+        return None
+    return json.loads(done.stdout.splitlines()[-1])["http_overhead_milliseconds"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The engine beside transformers and llama.cpp.")
     parser.add_argument("--rounds", type=int, default=3)
@@ -308,6 +319,7 @@ def main() -> None:
         "memory_gigabytes_per_second": round(bandwidth / 1e9, 1),
         "missing": sorted(missing),
     }
+    figures["http_overhead_milliseconds"] = http_overhead_milliseconds()
     if llamas:
         best = max(rate[f"{name}, 1 user"] for name in llamas)
         figures["ratio_to_llama_cpp"] = round(one / best, 2)

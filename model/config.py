@@ -25,12 +25,14 @@ class ModelConfig:
             self.family in ("modern", "classic"),
             f"model.family is {self.family!r}; it can be modern or classic.",
         )
-        for name in ("num_layers", "width", "num_heads", "context_length"):
+        for name in ("num_layers", "width", "num_heads"):
             require(getattr(self, name) > 0, f"model.{name} must be positive.")
+        # Shorter ones leave nothing to predict in the windows that evaluation and the probe text are cut into.
+        require(self.context_length >= 4, "model.context_length must be at least 4.")
         for name in ("num_kv_heads", "head_dim", "mlp_width"):
             require(getattr(self, name) >= 0, f"model.{name} cannot be negative; 0 derives it.")
         require(0 <= self.dropout < 1, "model.dropout must be at least 0 and below 1.")
-        require(self.rope_theta > 1, "model.rope_theta must be above 1.")
+        require(1 < self.rope_theta < math.inf, "model.rope_theta must be a number above 1.")
         require(
             self.head_dim > 0 or self.width % self.num_heads == 0,
             "model.width must be divisible by model.num_heads.",
@@ -105,9 +107,9 @@ class OptimizerConfig:
         )
         rates = ("learning_rate", "muon_learning_rate", "embedding_learning_rate")
         for name in (*rates, "head_learning_rate", "scalar_learning_rate", "epsilon"):
-            require(getattr(self, name) > 0, f"optimizer.{name} must be positive.")
+            require(0 < getattr(self, name) < math.inf, f"optimizer.{name} must be a positive number.")
         for name in ("weight_decay", "warmup_steps", "momentum_warmup_steps", "clip_norm"):
-            require(getattr(self, name) >= 0, f"optimizer.{name} cannot be negative.")
+            require(0 <= getattr(self, name) < math.inf, f"optimizer.{name} must be a number and not negative.")
         for name in ("beta1", "beta2", "momentum", "momentum_start"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name} must be at least 0 and below 1.")
         for name in ("decay_fraction", "final_ratio"):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import attention
 from model.config import ModelConfig
 from model.settings import require
 
@@ -103,15 +104,18 @@ class Attention(nn.Module):
             assert context.positions is not None
             keys, values = context.cache.write(layer, keys, values, context.slots, context.positions, context.visible)
             keys, values = keys.to(queries.dtype), values.to(queries.dtype)
-        mixed = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=context.mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=context.mask is None,
-            enable_gqa=self.kv_heads != self.num_heads,
-        )
+        if context.mask is None and not self.dropout and attention.pays(queries, keys):
+            mixed = attention.causal_attention(queries, keys, values)
+        else:
+            mixed = F.scaled_dot_product_attention(
+                queries,
+                keys,
+                values,
+                attn_mask=context.mask,
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=context.mask is None,
+                enable_gqa=self.kv_heads != self.num_heads,
+            )
         return self.output(mixed.transpose(1, 2).reshape(batch, length, -1))
 
 

@@ -233,7 +233,7 @@ def _orthogonalise_shared(directions: Tensor) -> tuple[Tensor, "dist.Work | None
         part[: len(mine)] = orthogonalise_on(mine)
     gathered = part.new_empty((share * world_size, *part.shape[1:]))
     # While the parts travel, the next shape's are computed.
-    return gathered, dist.all_gather_into_tensor(gathered, part, async_op=True)
+    return gathered, dist.all_gather_single(gathered, part, async_op=True)
 
 
 # Coefficients of five quintic iterations (Polar Express, Amsel et al. 2025, as printed in nanochat): the steepest

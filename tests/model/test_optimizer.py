@@ -133,7 +133,9 @@ def test_the_schedules_follow_a_table_computed_by_hand() -> None:
     [
         ({"kind": "sgd"}, "muon or adamw"),
         ({"schedule": "step"}, "linear or cosine"),
-        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"learning_rate": 0.0}, "learning_rate must be a positive number"),
+        ({"muon_learning_rate": float("inf")}, "muon_learning_rate must be a positive number"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a number"),
         ({"beta2": 1.0}, "beta2"),
         ({"decay_fraction": 1.5}, "between 0 and 1"),
     ],

@@ -1,6 +1,7 @@
 """A training step gives the same result however its batch is divided: into micro-batches, over ranks, or sharded."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model import training
 from model.checkpoint import export_weights, import_weights
 from model.gpt import GPT, ModelConfig
 from model.optimizer import Optimizer, OptimizerConfig, build_optimizer
@@ -76,6 +78,47 @@ def test_uneven_micro_batches_add_up_to_the_whole_batch() -> None:
     parts, part_losses = train(sizes=(1, 3))
     assert part_losses == pytest.approx(losses, rel=1e-5)
     assert_same_weights(whole, parts)
+
+
+@pytest.fixture
+def threads() -> Iterator[int]:
+    """Two threads, on however many cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield 2
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("sizes", [(4,), (1, 3)])
+def test_cores_that_share_out_the_sequences_learn_the_same(
+    threads: int, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, losses = train(sizes=sizes)
+    again, same_losses = train(sizes=sizes)
+    monkeypatch.setattr(training, "MAX_SHARES", 1)
+    alone, other_losses = train(sizes=sizes)
+    assert losses == same_losses
+    assert all(torch.equal(a, b) for a, b in zip(shared.parameters(), again.parameters(), strict=True))
+    assert losses == pytest.approx(other_losses, rel=1e-5)
+    assert_same_weights(shared, alone)
+    assert torch.get_num_threads() == threads
+
+
+def test_what_fails_on_one_core_fails_the_step(threads: int) -> None:
+    model = tiny_model()
+    module = parallelize(model)
+    assert isinstance(module, training.SharedLoss)
+    batch = global_batch(0)
+    batch.tokens[3, 2] = VOCABULARY + 1000
+    optimizer = build_optimizer(model, OptimizerConfig(), total_steps=3)
+    with pytest.raises(IndexError):
+        train_step(module, optimizer, [batch], step=0, global_tokens=GLOBAL_TOKENS)
+    assert torch.get_num_threads() == threads
+
+
+def test_dropout_keeps_one_order(threads: int) -> None:
+    config = ModelConfig(family="classic", num_layers=1, width=16, num_heads=2, context_length=8, dropout=0.1)
+    assert not isinstance(parallelize(tiny_model(config)), training.SharedLoss)
 
 
 def test_the_same_run_gives_the_same_bits() -> None:

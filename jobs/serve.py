@@ -2,12 +2,18 @@
 
     python -m jobs.serve jobs/presets/demo.yaml [--version 3] [section.key=value ...]
 
-On a cluster: `serve deploy` of a file made by `serve build jobs.serve:app -o serve.yaml`, with
-`args: {preset: jobs/presets/demo.yaml, serve.replicas: 2}` in it.
+On a cluster, with Ray's own commands:
+
+    serve build jobs.serve:app -o serve.yaml      the preset and settings come from SERVE_PRESET and SERVE_SETTINGS,
+    serve deploy serve.yaml                       here and in the file's runtime_env.env_vars
+
+or with a file of one's own, whose `import_path: jobs.serve:build` takes `args: {preset: ..., serve.replicas: 2}`.
 """
 
 import argparse
 import logging
+import os
+import shlex
 import signal
 import sys
 import time
@@ -24,13 +30,22 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 
-def app(arguments: dict[str, Any]) -> "serve.Application":
-    """What `serve run`, `serve build` and `serve deploy` call; the arguments are a preset and settings over it."""
+def build(arguments: dict[str, Any]) -> "serve.Application":
+    """Describe the application that a Serve config file asks for; its `args` are a preset and settings over it."""
     set_environment()
     from pipeline.config import load_config
     from pipeline.serve import describe_app, settings_of
 
     return describe_app(load_config(arguments.get("preset"), settings_of(arguments)))
+
+
+def __getattr__(name: str) -> Any:
+    """`app`, made when somebody looks at it: `serve build` wants an application, and importing does nothing."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    settings = dict(word.split("=", 1) for word in shlex.split(os.environ.get("SERVE_SETTINGS", "")))
+    preset = os.environ.get("SERVE_PRESET")
+    return build(settings | ({"preset": preset} if preset else {}))
 
 
 @contextmanager

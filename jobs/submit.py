@@ -120,7 +120,12 @@ def submit(client: "JobSubmissionClient", config: "Config", job: str, arguments:
                 runtime_env={
                     "working_dir": str(ROOT),
                     # .git stays at home, and the runs in MLflow should still name their commit.
-                    "env_vars": {"GIT_COMMIT": git_commit(ROOT), "PYTHONUNBUFFERED": "1"},
+                    "env_vars": {
+                        "GIT_COMMIT": git_commit(ROOT),
+                        "PYTHONUNBUFFERED": "1",
+                        # Ray's 3 s are too few for the checkpoint that a training writes when it is told to stop.
+                        "RAY_JOB_STOP_WAIT_TIME_S": "30",
+                    },
                 },
                 metadata={"pipeline": config.name, "job": job},
             )

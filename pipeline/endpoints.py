@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import fastapi_swagger
 from fastapi import FastAPI, Request
 from fastapi import HTTPException as BodyTooLarge
 from fastapi.exceptions import RequestValidationError
@@ -29,9 +30,9 @@ from model.engine import Chunk, GenerationRequest
 from model.sampling import TokenLogprob
 from model.tokenizer import Tokenizer
 from pipeline.access import Access, ApiKey
+from pipeline.api_errors import ApiError, error_body
 from pipeline.live_engine import EngineDied, Overloaded
 from pipeline.openai_api import (
-    ApiError,
     Completion,
     CompletionRequest,
     DetokenizeAnswer,
@@ -42,7 +43,6 @@ from pipeline.openai_api import (
     TokenizeAnswer,
     TokenizeRequest,
     describe_validation,
-    error_body,
 )
 from pipeline.served_models import LiveVersion, ServedModels
 from pipeline.serving_metrics import ServingMetrics
@@ -77,7 +77,12 @@ def build_api(service: Service) -> FastAPI:
         description="OpenAI's completions API over a model of the MLflow registry.",
         version="1",
         responses=errors,
+        docs_url=None,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
     )
+    # FastAPI's own pages load Swagger UI from a CDN; this one brings it along.
+    fastapi_swagger.patch_fastapi(app, redirect_from_root_to_docs=False)
     app.add_middleware(Gate, service=service)
     for kind in (ApiError, Overloaded, EngineDied, Exception):
         app.add_exception_handler(kind, answer_error)

@@ -1,4 +1,4 @@
-"""What travels over HTTP: OpenAI's completions as strict schemas, its error shape, its answers.
+"""What travels over HTTP: OpenAI's completions as strict schemas, and its answers.
 
 Nothing here knows an engine or a server. A field OpenAI does not have is marked as ours.
 """
@@ -8,43 +8,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.sampling import SamplingSettings
+from pipeline.api_errors import ApiError
 
 TOKEN_LIMIT = 1 << 32  # above every vocabulary: a number that is no token id at all
 Number = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=TOKEN_LIMIT)]
-
-
-class ApiError(Exception):
-    """An answer that is an error: its HTTP status, one sentence, and what OpenAI's clients look at."""
-
-    def __init__(
-        self, status: int, message: str, *, code: str | None = None, param: str | None = None, retry_after: int = 0
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.code = code
-        self.param = param
-        self.retry_after = retry_after
-
-    @property
-    def body(self) -> dict[str, Any]:
-        return error_body(self.status, self.message, code=self.code, param=self.param)
-
-    @property
-    def headers(self) -> dict[str, str]:
-        headers = {"Retry-After": str(self.retry_after)} if self.retry_after else {}
-        return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
-
-
-ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-
-
-def error_body(status: int, message: str, *, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """OpenAI's error object."""
-    default = "server_error" if status >= 500 else "invalid_request_error"
-    kind = ERROR_TYPES.get(status, default)
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class Strict(BaseModel):

@@ -3,7 +3,7 @@
     address = deploy(build_app(config), config)     # http://127.0.0.1:8000
     take_down(config)
 
-`python -m jobs.serve PRESET` does this from a terminal, `serve deploy` with `jobs.serve:app` on a cluster.
+`python -m jobs.serve PRESET` does this from a terminal, Ray's `serve build` and `serve deploy` with `jobs.serve:app`.
 """
 
 import asyncio

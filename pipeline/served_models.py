@@ -15,8 +15,9 @@ import torch
 
 from model.engine import Engine, EngineSettings
 from pipeline import registry
+from pipeline.api_errors import ApiError
 from pipeline.live_engine import EngineDied, LiveEngine
-from pipeline.openai_api import ApiError, ModelAnswer
+from pipeline.openai_api import ModelAnswer
 from pipeline.registry import LoadedVersion, VersionRecord
 from pipeline.serving_metrics import ServingMetrics
 

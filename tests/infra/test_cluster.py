@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import psutil
 import pytest
 
 from tests.infra.manifests import ROOT
-from tests.infra.running_cluster import MetricNames, RunningCluster, require_postgresql
+from tests.infra.running_cluster import TINY, MetricNames, RunningCluster, require_postgresql
 from tests.infra.test_grafana import DASHBOARDS, metrics_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -62,8 +63,6 @@ def metric_names(running: RunningCluster) -> Iterator[MetricNames]:
 @pytest.fixture(scope="module")
 def first(running: RunningCluster, metric_names: MetricNames) -> str:
     """The undisturbed pipeline, through Ray's own command; the others are compared with it."""
-    from tests.infra.running_cluster import TINY
-
     command = [Path(sys.executable).with_name("ray"), "job", "submit", "--working-dir", ".", "--submission-id", "first"]
     command += ["--", "python", "-m", "jobs.pipeline", "jobs/presets/demo.yaml", "name=first", "train.steps=40", *TINY]
     done = subprocess.run(
@@ -113,6 +112,30 @@ def test_the_second_run_of_a_name_is_told_who_holds_it(running: RunningCluster, 
     assert f"error: The pipeline 'held' is being run by job {holder}, " in running.log(second)
     running.ask(f"/api/jobs/{holder}/stop", "POST")
     assert running.wait_end(holder) == "STOPPED"
+
+
+def test_leaving_the_log_leaves_the_job(running: RunningCluster, first: str) -> None:
+    command = [sys.executable, "-m", "jobs.submit", "jobs/presets/demo.yaml", "--skip-preflight", "name=left"]
+    command += [*TINY, "train.steps=100000"]
+    following = subprocess.Popen(command, cwd=ROOT, env=running.shell, stdout=subprocess.PIPE, text=True)
+    assert following.stdout is not None
+    for line in following.stdout:
+        if line.startswith("step "):
+            break
+    following.send_signal(signal.SIGINT)
+    told = following.stdout.read()
+    assert following.wait(60) == 130
+    (job,) = re.findall(r"^(\S+) goes on running\.$", told, re.MULTILINE)
+    assert running.status(job) == "RUNNING"
+    back = [sys.executable, *re.findall(rf"python (-m jobs\.submit --follow {job})", told)[0].split()]
+    again = subprocess.Popen(back, cwd=ROOT, env=running.shell, stdout=subprocess.PIPE, text=True)
+    assert again.stdout is not None
+    assert any(line.startswith("step ") for line in again.stdout), "the log from its beginning"
+    stop = re.findall(r"(ray job stop .*)", told)[0].split()
+    subprocess.run([str(Path(sys.executable).with_name("ray")), *stop[1:]], env=running.shell, check=True, timeout=120)
+    assert f"{job}: stopped" in again.stdout.read()
+    assert again.wait(60) == 1
+    assert "stopping: writing a checkpoint first" in running.log(job)
 
 
 def test_two_pipelines_survive_the_loss_of_nodes_and_of_mlflow(running: RunningCluster, first: str) -> None:

@@ -179,6 +179,21 @@ def test_phone_and_dark(browser: Browser, server: LocalServer, complaints: list[
     assert complaints == []
 
 
+def test_documentation_is_drawn_without_another_host(
+    browser: Browser, server: LocalServer, complaints: list[str]
+) -> None:
+    page = browser.new_page()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.goto(f"{server.url}/docs")
+    page.get_by_text("/v1/completions", exact=True).click()
+    page.get_by_text("Complete prompts; with stream=true").last.wait_for()
+    page.close()
+    assert all(url.startswith((server.url, "data:")) for url in asked), asked
+    assert complaints == []
+
+
 def test_page_is_one_file_of_its_own() -> None:
     text = PAGE.read_text(encoding="utf-8")
     for foreign in ("http://", "https://", "//cdn", "@import", '<link rel="stylesheet"', "src="):

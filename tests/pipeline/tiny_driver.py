@@ -4,10 +4,12 @@ python -m tests.pipeline.tiny_driver STORAGE [section.key=value ...] [--nodes N]
 """
 
 import argparse
-import builtins
+import io
 import json
 import re
-from typing import Any
+import sys
+from collections.abc import Callable
+from typing import Any, TextIO
 
 from tests.conftest import ENVIRONMENT
 
@@ -36,27 +38,41 @@ def main() -> None:
     else:
         ray.init(address="local", num_cpus=2, include_dashboard=True, **quiet)
 
-    print_for_real = builtins.print
-
-    def print_and_meddle(*words: Any, **rest: Any) -> None:
-        print_for_real(*words, **rest)
-        found = re.match(r"step +(\d+)/", str(words[0]) if words else "")
-        step = int(found[1]) if found else -1
+    def meddle(step: int) -> None:
         if 0 <= options.lose_node_after <= step:
             options.lose_node_after = -1
             cluster.remove_node(nodes.pop(), allow_graceful=False)
-            print_for_real("a node was lost", flush=True)
+            print("a node was lost", flush=True)
         if 0 <= options.gain_node_after <= step:
             options.gain_node_after = -1
             nodes.append(cluster.add_node(num_cpus=1))
-            print_for_real("a node was gained", flush=True)
+            print("a node was gained", flush=True)
 
-    builtins.print = print_and_meddle
+    sys.stdout = Watched(sys.stdout, meddle)  # not `print`, which Ray replaces too
     try:
         training = start_training(options.storage, *options.settings)
-        print_for_real(json.dumps(training.manifest.counts), flush=True)
+        print(json.dumps(training.manifest.counts), flush=True)
     finally:
         ray.shutdown()
+
+
+class Watched(io.TextIOBase):
+    """A stream that tells of every step that is printed."""
+
+    def __init__(self, stream: TextIO, tell: Callable[[int], None]) -> None:
+        self._stream = stream
+        self._tell = tell
+
+    def write(self, text: str) -> int:
+        written = self._stream.write(text)
+        found = re.match(r"step +(\d+)/", text)
+        if found:
+            self._stream.write("\n")
+            self._tell(int(found[1]))
+        return written
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 if __name__ == "__main__":

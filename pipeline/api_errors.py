@@ -1,0 +1,109 @@
+"""Errors in OpenAI's shape: those of a replica, and those of Serve's proxy when a replica cannot speak any more.
+
+The proxy runs in a process of its own, so nothing here imports an engine.
+"""
+
+import json
+from typing import Any
+
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+LOST = "The replica that worked on this request was lost; send the request again."
+
+
+class ApiError(Exception):
+    """An answer that is an error: its HTTP status, one sentence, and what OpenAI's clients look at."""
+
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None, retry_after: int = 0
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.retry_after = retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return error_body(self.status, self.message, code=self.code, param=self.param)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        headers = {"Retry-After": str(self.retry_after)} if self.retry_after else {}
+        return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+
+
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def error_body(status: int, message: str, *, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object."""
+    default = "server_error" if status >= 500 else "invalid_request_error"
+    kind = ERROR_TYPES.get(status, default)
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def proxy_middlewares() -> list[Middleware]:
+    """What Serve's proxies call where RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names this function."""
+    return [Middleware(ProxyErrors)]
+
+
+class ProxyErrors:
+    """Gives every request an answer in OpenAI's shape, whatever becomes of the replica that has it.
+
+    Serve's proxy ends a request whose replica dies without a word: before the answer has begun that would be a plain
+    500, in the midst of a stream a cut line. Its own refusals (no replica, too many requests) are plain text.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started: Message | None = None
+        refusal: bytearray | None = None  # the proxy's own plain text, while it is gathered
+        ended = is_event_stream = False
+
+        async def watch(message: Message) -> None:
+            nonlocal started, refusal, ended, is_event_stream
+            if message["type"] == "http.response.start":
+                started = message
+                headers = dict(message.get("headers", ()))
+                kind = headers.get(b"content-type", b"")
+                is_event_stream = kind.startswith(b"text/event-stream")
+                if message["status"] >= 400 and not kind.startswith(b"application/json"):
+                    refusal = bytearray()
+                    return
+            elif message["type"] == "http.response.body":
+                ended = not message.get("more_body", False)
+                if refusal is not None:
+                    refusal += message.get("body", b"")
+                    if ended:
+                        await answer(started, bytes(refusal))
+                    return
+            await send(message)
+
+        async def answer(start: Message | None, text: bytes) -> None:
+            status = start["status"] if start else 503
+            kept = (b"retry-after", b"x-request-id")
+            headers = {
+                name.decode(): value.decode()
+                for name, value in (start or {}).get("headers", ())
+                if name.lower() in kept
+            }
+            if status == 503:
+                headers.setdefault("retry-after", "1")
+            body = error_body(status, text.decode(errors="replace").strip() or LOST)
+            await JSONResponse(body, status_code=status, headers=headers)(scope, receive, send)
+
+        await self._app(scope, receive, watch)
+        if started is None:
+            await answer(None, b"")
+        elif not ended and refusal is None and is_event_stream:
+            event = f"data: {json.dumps(error_body(503, LOST))}\n\n"
+            await send({"type": "http.response.body", "body": event.encode(), "more_body": False})

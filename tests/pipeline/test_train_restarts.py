@@ -211,7 +211,7 @@ def test_lost_node_goes_on_with_fewer_workers_and_a_new_one_is_used(long_undistu
     steps = ("train.steps=3000", "train.evaluate_every_steps=1000", "train.checkpoint_every_steps=100")
     driver = Driver(
         tmp_path, *steps, "train.num_workers=[1,3]", "--nodes", "2",
-        "--lose-node-after", "300", "--gain-node-after", "1000",
+        "--lose-node-after", "300", "--gain-node-after", "600",
         environment={"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"},
     )  # fmt: skip
     driver.end()

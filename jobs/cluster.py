@@ -29,6 +29,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -107,7 +108,8 @@ class Cluster:
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
         ray += [f"--num-cpus={state.cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
         gcs = f"{host}:{ports['gcs']}"
-        if state.process("head") is None:
+        head_is_new = state.process("head") is None
+        if head_is_new:
             # Nodes belong to the head that they joined; a new one starts with none.
             joined = (state.process(node) for node in state.nodes[1:])
             end_processes([process for process in joined if process is not None], signal.SIGKILL)
@@ -127,6 +129,8 @@ class Cluster:
         for node in state.nodes:
             self.start_node(state, node, commands[node], environment)
         _wait(state, "mlflow", lambda: _answers(f"http://{host}:{ports['mlflow']}/health"), self.log("mlflow"))
+        if head_is_new:
+            _wait(state, "head", lambda: self.has_run_a_job(state), self.log("head"))
         return state
 
     def create(self, workers: int, cpus: int) -> State:
@@ -240,15 +244,35 @@ class Cluster:
 
     def alive_addresses(self, state: State) -> set[str]:
         """The addresses of the nodes that the head believes alive; none while it does not answer."""
-        url = f"{self.environment(state)['RAY_API_SERVER_ADDRESS']}/nodes?view=summary"
-        token = (self.folder / "token").read_text()
         try:
-            request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
-            with urllib.request.urlopen(request, timeout=10) as answer:
-                summary = json.load(answer)["data"]["summary"]
+            summary = self.ask_head(state, "/nodes?view=summary")["data"]["summary"]
         except (OSError, ValueError, KeyError):
             return set()
         return {node["ip"] for node in summary if node.get("raylet", {}).get("state") == "ALIVE"}
+
+    def has_run_a_job(self, state: State) -> bool:
+        """Whether the head runs jobs, tried with one that does nothing: it answers a while before it can."""
+        job = "cluster-check"
+        try:
+            known = [each for each in self.ask_head(state, "/api/jobs/") if each["submission_id"] == job]
+            if not known:
+                self.ask_head(state, "/api/jobs/", "POST", {"entrypoint": "true", "submission_id": job})
+            elif known[0]["status"] == "FAILED":
+                self.ask_head(state, f"/api/jobs/{job}", "DELETE")
+            else:
+                return known[0]["status"] == "SUCCEEDED"
+        except (OSError, ValueError, KeyError):
+            pass
+        return False
+
+    def ask_head(self, state: State, path: str, method: str = "GET", body: object = None) -> Any:
+        """Ask the head's dashboard with the cluster's token; raises `OSError` where it refuses or is not there."""
+        token = (self.folder / "token").read_text()
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        url = self.environment(state)["RAY_API_SERVER_ADDRESS"] + path
+        data = None if body is None else json.dumps(body).encode()
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers, method=method), timeout=30) as answer:
+            return json.load(answer)
 
     # ---------------------------------------------------------------- end
 

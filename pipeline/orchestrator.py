@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
-from pipeline import evaluate, lease, prepare, register, tokenizer, train
+from pipeline import evaluate, lease, prepare, register, tokenizer, tracking, train
 from pipeline.artifacts import Artifact, Manifest, artifact_at, describe_difference, fingerprint
 from pipeline.config import Config
 from pipeline.sources import fingerprint_source
@@ -79,10 +79,29 @@ def run(
                     artifact.delete()
                 report(f"{stage.name:<9} …")
                 began = time.monotonic()
-                manifest = stage.module.run(config, {name: artifacts[name] for name in stage.inputs}, artifact)
+                inputs = {name: artifacts[name] for name in stage.inputs}
+                manifest = _run_through_outages(stage, config, inputs, artifact, report)
                 report(f"{stage.name:<9} done in {_duration(time.monotonic() - began)}: {artifact.url}")
             manifests[stage.name] = manifest
     return manifests
+
+
+def _run_through_outages(
+    stage: Stage, config: Config, inputs: Mapping[str, Artifact], artifact: Artifact, report: Callable[[str], None]
+) -> Manifest:
+    """Run a stage; if MLflow goes away meanwhile, wait for it and go on with the same stage."""
+    patience_minutes = config.train.mlflow_patience_minutes
+    deadline = None
+    while True:
+        try:
+            return stage.module.run(config, inputs, artifact)
+        except Exception as error:
+            if not tracking.is_outage(error):
+                raise
+            deadline = deadline or time.monotonic() + 60 * patience_minutes
+            report(f"{stage.name:<9} waits for MLflow, for {patience_minutes:g} minutes: {tracking.first_line(error)}")
+            if not tracking.wait_for_answer(config, deadline):
+                raise
 
 
 def _check_inputs(stage: Stage, artifacts: Mapping[str, Artifact]) -> None:

@@ -28,6 +28,13 @@ LONGEST_WAIT_SECONDS = 15.0
 LONGEST_PARAMETER = 6000  # characters; MLflow refuses more
 
 
+_answered: set[str] = set()  # addresses that have answered this process once
+
+
+class MlflowAway(ValueError):
+    """Nothing answers at MLflow's address."""
+
+
 def connect(config: Config) -> str:
     """Point MLflow at its store, make the experiment if it is new, and return the tracking URI.
 
@@ -64,8 +71,38 @@ def connect(config: Config) -> str:
             client.restore_experiment(experiment.experiment_id)
         mlflow.set_experiment(config.name)
     except MlflowException as error:
-        raise ValueError(f"MLflow at {without_password(uri)} does not answer: {first_line(error)}") from None
+        raise MlflowAway(f"MLflow at {without_password(uri)} does not answer: {first_line(error)}") from None
+    _answered.add(uri)
     return uri
+
+
+def is_outage(error: BaseException | None) -> bool:
+    """Whether an error means that the MLflow server, which had answered before, did not; not that it refused."""
+    import requests
+    from mlflow.exceptions import MlflowException, RestException
+
+    if not _answered:
+        return False
+    while error is not None:
+        if isinstance(error, (MlflowAway, requests.ConnectionError, requests.Timeout)):
+            return True
+        # The client's words for no connection, and for a gateway's answer in place of the server's.
+        if isinstance(error, MlflowException) and not isinstance(error, RestException):
+            return str(error).startswith("API request to")
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def wait_for_answer(config: Config, deadline: float) -> bool:
+    """Wait until MLflow answers; returns False if it does not before `deadline`, a time of time.monotonic()."""
+    while time.monotonic() < deadline:
+        time.sleep(min(5.0, max(0.0, deadline - time.monotonic())))
+        try:
+            connect(config)
+        except MlflowAway:
+            continue
+        return True
+    return False
 
 
 def address(config: Config) -> str:

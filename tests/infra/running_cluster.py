@@ -117,7 +117,8 @@ class RunningCluster:
         return self.s3().get_object(Bucket="gpt", Key=key)["Body"].read()
 
     def manifest(self, name: str, stage: str) -> dict[str, Any]:
-        (key,) = [each for each in self.keys(f"artifacts/{name}/{stage}-") if each.endswith("/manifest.json")]
+        keys = self.keys(f"artifacts/{name}/{stage}-")
+        (key,) = [each for each in keys if each.endswith("/manifest.json") and "/checkpoints/" not in each]
         return json.loads(self.read(key))
 
     def shard_digests(self, name: str) -> dict[str, str]:

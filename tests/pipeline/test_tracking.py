@@ -8,13 +8,15 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import mlflow
 import pytest
 
-from pipeline import tracking
+from pipeline import orchestrator, tracking
 from pipeline.config import Config, load_config
 from pipeline.tracking import Tracker
 
@@ -177,3 +179,33 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_a_stage_waits_for_a_server_that_went_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    config = load_config(None, [f"storage={tmp_path}", "name=tiny"])
+    with mlflow_server(tmp_path, port):
+        tracking.connect(config)
+    attempts, said = [], []
+
+    def run(*_: object) -> str:
+        attempts.append(1)
+        mlflow.MlflowClient().search_experiments()
+        return "done"
+
+    with ExitStack() as server:
+
+        def report(words: str) -> None:
+            said.append(words)
+            server.enter_context(mlflow_server(tmp_path, port))
+
+        stage: Any = orchestrator.Stage("evaluate", (), SimpleNamespace(run=run))
+        done: Any = orchestrator._run_through_outages(stage, config, {}, None, report)
+        assert done == "done"
+        with pytest.raises(mlflow.exceptions.MlflowException) as refused:
+            mlflow.MlflowClient().get_run("0" * 32)
+    assert len(attempts) == 2
+    assert [words[:24] for words in said] == ["evaluate  waits for MLfl"]
+    assert not tracking.is_outage(refused.value), "an answer of the server is no outage"

@@ -154,18 +154,18 @@ inline float load(const uint16_t* at) {
 // -- The product ------------------------------------------------------------------------------------------------------
 
 // out[row][output] = sum over inputs of x[row][input] * panels[input][output], inputs in order, for ROWS rows and
-// PANELS panels: few enough sums to stay in registers, enough of them to hide the latency of an addition.
+// PANELS panels: few enough sums to stay in registers, enough of them to hide the latency of an addition. What lies
+// `ahead` of a weight is on its way from memory meanwhile.
 template <int ROWS, int PANELS, class T>
 void multiply_tile(const T* panels, long panel_stride, int inputs, const float* x, long x_stride, float* out,
-                   long out_stride) {
+                   long out_stride, long ahead) {
     Floats sums[ROWS][PANELS][2] = {};
     for (int input = 0; input < inputs; ++input)
         for (int panel = 0; panel < PANELS; ++panel) {
             Floats first, second;
             const T* at = panels + panel * panel_stride + (long)input * PANEL;
             read_panel(at, first, second);
-            // Rows are computed while the panels that come next are on their way.
-            __builtin_prefetch(at + 2 * panel_stride, 0, 2);
+            __builtin_prefetch(at + ahead, 0, 2);
             for (int row = 0; row < ROWS; ++row) {
                 const float scalar = x[row * x_stride + input];
                 sums[row][panel][0] += first * scalar;
@@ -179,9 +179,10 @@ void multiply_tile(const T* panels, long panel_stride, int inputs, const float* 
 
 template <int PANELS, class T>
 void multiply_rows(int rows, const T* panels, long panel_stride, int inputs, const float* x, long x_stride, float* out,
-                   long out_stride) {
+                   long out_stride, long ahead) {
     const auto tile = [&](auto size) {
-        multiply_tile<decltype(size)::value, PANELS>(panels, panel_stride, inputs, x, x_stride, out, out_stride);
+        multiply_tile<decltype(size)::value, PANELS>(panels, panel_stride, inputs, x, x_stride, out, out_stride,
+                                                     ahead);
     };
     switch (rows) {
         case 1: return tile(std::integral_constant<int, 1>());
@@ -196,18 +197,18 @@ void multiply_rows(int rows, const T* panels, long panel_stride, int inputs, con
 // The same for any number of rows and one or two panels: tiles of about equal height.
 template <class T>
 void multiply(int rows, int num_panels, const T* panels, long panel_stride, int inputs, const float* x, long x_stride,
-              float* out, long out_stride) {
+              float* out, long out_stride, long ahead) {
     const int tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
     for (int tile = 0, row = 0; tile < tiles; ++tile) {
         const int height = (rows - row + tiles - tile - 1) / (tiles - tile);
         const float* from = x + row * x_stride;
         float* to = out + row * out_stride;
         if (num_panels == 2 && height <= MAX_ROWS / 2)
-            multiply_rows<2>(height, panels, panel_stride, inputs, from, x_stride, to, out_stride);
+            multiply_rows<2>(height, panels, panel_stride, inputs, from, x_stride, to, out_stride, ahead);
         else
             for (int panel = 0; panel < num_panels; ++panel)
                 multiply_rows<1>(height, panels + panel * panel_stride, panel_stride, inputs, from, x_stride,
-                                 to + panel * PANEL, out_stride);
+                                 to + panel * PANEL, out_stride, ahead);
         row += height;
     }
 }
@@ -371,6 +372,7 @@ template <class T>
 void apply(Crew& crew, const Linear& linear, int rows, const float* x, long x_stride, float* out, long out_stride, bool add) {
     const int panels = linear.outputs / PANEL;
     const long panel_stride = (long)linear.inputs * PANEL;
+    const long ahead = 2 * crew.threads() * panel_stride;  // the item that this thread is likely to take next
     crew.share((panels + 1) / 2, [&](int item, int) {
         const int panel = 2 * item, count = std::min(2, panels - panel);
         const int first = panel * PANEL, last = first + count * PANEL;
@@ -380,7 +382,7 @@ void apply(Crew& crew, const Linear& linear, int rows, const float* x, long x_st
             float sums[3 * MAX_ROWS][2 * PANEL];
             const int height = std::min(3 * MAX_ROWS, rows - row);
             multiply(height, count, weights, panel_stride, linear.inputs, x + row * x_stride, x_stride, sums[0],
-                     2 * PANEL);
+                     2 * PANEL, ahead);
             for (int r = 0; r < height; ++r) {
                 float* to = out + (row + r) * out_stride;
                 for (int output = first; output < last; ++output) {
@@ -441,13 +443,13 @@ void attend(Crew& crew, const Model& model, int layer, const Batch& batch, const
         for (int panel = 0; panel * PANEL < length; panel += 2) {
             const int count = std::min(2, (length - panel * PANEL + PANEL - 1) / PANEL);
             multiply(group, count, keys + (long)panel * dim * PANEL, (long)dim * PANEL, dim, queries, dim,
-                     scores + panel * PANEL, b.scores_stride);
+                     scores + panel * PANEL, b.scores_stride, 2L * dim * PANEL);
         }
         for (int h = 0; h < group; ++h) softmax(scores + h * b.scores_stride, length, scale);
         for (int panel = 0; panel < dim_padded / PANEL; panel += 2) {
             const int count = std::min(2, dim_padded / PANEL - panel);
             multiply(group, count, values + (long)panel * model.context * PANEL, (long)model.context * PANEL, length,
-                     scores, b.scores_stride, mixed + panel * PANEL, dim_padded);
+                     scores, b.scores_stride, mixed + panel * PANEL, dim_padded, 2L * model.context * PANEL);
         }
         for (int h = 0; h < group; ++h)
             std::memcpy(b.mixed + row * b.mixed_stride + (head * group + h) * dim, mixed + h * dim_padded,

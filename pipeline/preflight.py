@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from fsspec.implementations.local import LocalFileSystem
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -224,7 +225,8 @@ def check_storage(config: Config) -> str:
     filesystem, path = filesystem_of(root)
     expected = os.urandom(1000)
     try:
-        filesystem.makedirs(path, exist_ok=True)
+        if isinstance(filesystem, LocalFileSystem):  # on S3 this would make the bucket, whatever was mistyped
+            filesystem.makedirs(path, exist_ok=True)
         filesystem.pipe_file(posixpath.join(path, "from-driver"), expected)
     except Exception as error:
         raise Failed(_storage_help(config, _one_line(error))) from None

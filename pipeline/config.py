@@ -213,6 +213,7 @@ class ServeConfig:
     replicas: int = setting(1, "copies of the model; with max_replicas the fewest")
     max_replicas: int = setting(0, "autoscaling: the most copies; 0 keeps the number fixed")
     target_ongoing_requests: float = setting(12.0, "autoscaling: requests that one copy should have at a time")
+    downscale_delay_seconds: float = setting(600.0, "autoscaling: how long a copy stays after it was last needed")
     cpus_per_replica: float = setting(1.0, "logical CPUs that Ray sets aside for each copy")
     gpus_per_replica: float = setting(0.0, "GPUs for each copy; fractions share one")
     threads: int = setting(0, "CPU threads of each copy; 0 takes every core")
@@ -234,9 +235,9 @@ class ServeConfig:
         require(bool(self.versions), "serve.versions needs at least one alias or version number.")
         require(len(set(self.versions)) == len(self.versions), "serve.versions names a version twice.")
         require(all(re.fullmatch(r"[\w.-]+", each) for each in self.versions), "serve.versions: letters, digits, . _ -")
-        for name in ("replicas", "max_batch_size", "max_queue", "cache_bytes", "prefill_chunk_tokens"):
-            require(getattr(self, name) > 0, f"serve.{name} must be positive.")
-        for name in ("deadline_seconds", "max_body_bytes", "target_ongoing_requests", "probe_tolerance"):
+        sizes = ("replicas", "max_batch_size", "max_queue", "cache_bytes", "prefill_chunk_tokens", "max_body_bytes")
+        measures = ("deadline_seconds", "target_ongoing_requests", "downscale_delay_seconds", "probe_tolerance")
+        for name in (*sizes, *measures):
             require(getattr(self, name) > 0, f"serve.{name} must be positive.")
         for name in ("cpus_per_replica", "gpus_per_replica", "threads", "watch_seconds"):
             require(getattr(self, name) >= 0, f"serve.{name} cannot be negative.")

@@ -147,6 +147,7 @@ def bind_app(name: str, settings: ServeConfig, tracking_uri: str, keys: tuple[Ap
             min_replicas=settings.replicas,
             max_replicas=settings.max_replicas,
             target_ongoing_requests=settings.target_ongoing_requests,
+            downscale_delay_s=settings.downscale_delay_seconds,
         )
         scaling = {"autoscaling_config": autoscaling}
     deployment: Any = serve.deployment(  # its bind() has no type

@@ -229,8 +229,8 @@ def test_replicas_come_with_load_and_go_without_it(url: str, registry: TinyRegis
     from pipeline.serve import bind_app
 
     settings = ServeConfig(
-        versions=["long"], replicas=1, max_replicas=2, target_ongoing_requests=2, cpus_per_replica=0.5, threads=1,
-        weights="float32", watch_seconds=0,
+        versions=["long"], replicas=1, max_replicas=2, target_ongoing_requests=2, downscale_delay_seconds=5,
+        cpus_per_replica=0.5, threads=1, weights="float32", watch_seconds=0,
     )  # fmt: skip
     serve.run(bind_app(registry.name, settings, registry.tracking_uri), name=APP, route_prefix="/")
     ends = threading.Event()
@@ -250,7 +250,7 @@ def test_replicas_come_with_load_and_go_without_it(url: str, registry: TinyRegis
         for thread in threads:
             thread.join(60)
         assert statuses == {200}
-        until(lambda: len(replica_pids()) == 1, seconds=900)
+        until(lambda: len(replica_pids()) == 1, seconds=120)
     finally:
         ends.set()
         serve.delete(APP)

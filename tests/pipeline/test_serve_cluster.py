@@ -82,8 +82,12 @@ def until(condition: Callable[[], bool], seconds: float = 30) -> None:
 def replica_pids() -> list[int]:
     """The processes of this application's replicas, on this machine and under this Ray session."""
     title = f"ServeReplica:{APP}:"
-    own = psutil.Process().children(recursive=True)
-    return [each.pid for each in own if title in " ".join(each.cmdline()) or title in each.name()]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if title in " ".join(process.cmdline()) or title in process.name():
+                found.append(process.pid)
+    return found
 
 
 def running_sequences(http: httpx.Client) -> float:

@@ -87,6 +87,13 @@ def test_the_whole_pipeline_runs_with_storage_on_s3_alone(running: RunningCluste
     assert running.keys("mlflow/"), "MLflow's artifacts lie on S3 too"
 
 
+@pytest.mark.parametrize("job", ["tokenizer", "prepare", "train", "evaluate", "register"])
+def test_each_job_alone_finds_what_the_pipeline_made(running: RunningCluster, first: str, job: str) -> None:
+    submitted = running.submit("first", "train.steps=40", job=job)
+    assert running.wait_end(submitted) == "SUCCEEDED", running.log(submitted)[-2000:]
+    assert re.search(rf"^{job} +done already: s3://gpt/artifacts/first/", running.log(submitted), re.MULTILINE)
+
+
 def test_nothing_of_storage_lies_on_a_local_disk(running: RunningCluster, first: str) -> None:
     # Each node works in a folder of its own, so what is written to a relative path shows up below it.
     scratch = Path(running.state.scratch)
@@ -116,13 +123,16 @@ def test_the_second_run_of_a_name_is_told_who_holds_it(running: RunningCluster, 
 
 
 def test_leaving_the_log_leaves_the_job(running: RunningCluster, first: str) -> None:
-    command = [sys.executable, "-m", "jobs.submit", "jobs/presets/demo.yaml", "--skip-preflight", "name=left"]
+    command = [sys.executable, "-m", "jobs.submit", "jobs/presets/demo.yaml", "name=left"]
     command += [*TINY, "train.steps=100000"]
     following = subprocess.Popen(command, cwd=ROOT, env=running.shell, stdout=subprocess.PIPE, text=True)
     assert following.stdout is not None
+    said = []
     for line in following.stdout:
+        said.append(line)
         if line.startswith("step "):
             break
+    assert "All 7 checks are ok.\n" in said, "the preflight comes first"
     following.send_signal(signal.SIGINT)
     told = following.stdout.read()
     assert following.wait(60) == 130

@@ -262,6 +262,8 @@ def test_replicas_come_with_load_and_go_without_it(url: str, registry: TinyRegis
 
 def test_serve_build_and_deploy(url: str, registry: TinyRegistry, tmp_path: Path) -> None:
     """Ray's own commands, in processes of their own, as on a cluster."""
+    from ray import serve
+
     file = tmp_path / "serve.yaml"
     environment = {
         "MLFLOW_TRACKING_URI": registry.tracking_uri,
@@ -287,8 +289,7 @@ def test_serve_build_and_deploy(url: str, registry: TinyRegistry, tmp_path: Path
         return httpx.post(f"{url}/v1/completions", json=asked, timeout=60).status_code == 200
 
     until(answers, seconds=120)
-    down = [str(Path(sys.executable).with_name("serve")), "shutdown", "--yes", "--address", dashboard]
-    subprocess.run(down, check=True, timeout=60)
+    serve.delete(application["name"])
 
 
 def ray_dashboard() -> str:

@@ -33,19 +33,25 @@ if TYPE_CHECKING:
 def build(arguments: dict[str, Any]) -> "serve.Application":
     """Describe the application that a Serve config file asks for; its `args` are a preset and settings over it."""
     set_environment()
-    from pipeline.config import load_config
-    from pipeline.serve import describe_app, settings_of
+    from pipeline.serve import settings_of
 
-    return describe_app(load_config(arguments.get("preset"), settings_of(arguments)))
+    return describe(arguments.get("preset"), settings_of(arguments))
+
+
+def describe(preset: str | None, settings: list[str]) -> "serve.Application":
+    """Describe the application of a preset and settings over it."""
+    set_environment()
+    from pipeline.config import load_config
+    from pipeline.serve import describe_app
+
+    return describe_app(load_config(preset, settings))
 
 
 def __getattr__(name: str) -> Any:
     """`app`, made when somebody looks at it: `serve build` wants an application, and importing does nothing."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    settings = dict(word.split("=", 1) for word in shlex.split(os.environ.get("SERVE_SETTINGS", "")))
-    preset = os.environ.get("SERVE_PRESET")
-    return build(settings | ({"preset": preset} if preset else {}))
+    return describe(os.environ.get("SERVE_PRESET") or None, shlex.split(os.environ.get("SERVE_SETTINGS", "")))
 
 
 @contextmanager

@@ -71,12 +71,15 @@ def run(config: "Config", options: argparse.Namespace) -> None:
         vocab_size,
         micro_batch_sequences=train.micro_batch_sequences,
         activation_bytes=2 if is_half else 4,
+        recompute=train.recompute_activations,
     )
     print(f"\nmemory of one GPU, micro-batches of {train.micro_batch_sequences} x {model.context_length} tokens")
     for name in ("weights", "gradients", "optimizer", "activations", "logits"):
         print(f"  {name:<18}{getattr(memory, name) / 1e9:>12.2f} GB")
     verdict = (
-        "fits" if memory.total < 0.9e9 * gpu.memory_gigabytes else "does not fit: lower train.micro_batch_sequences"
+        "fits"
+        if memory.total < 0.9e9 * gpu.memory_gigabytes
+        else "does not fit: lower train.micro_batch_sequences, or set train.recompute_activations=true"
     )
     print(f"  {'in all':<18}{memory.total / 1e9:>12.2f} GB  {verdict} ({options.gpu}: {gpu.memory_gigabytes:.0f} GB)")
 

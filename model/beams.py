@@ -65,8 +65,8 @@ class Beams:
         scores = logits.float().log_softmax(-1)
         if settings.adjusts_logits:
             prompt = self.request.prompt_tokens
-            rows = zip(scores, self.running, strict=True)
-            scores = torch.stack([penalize(row, settings, prompt, beam.generated) for row, beam in rows])
+            for row, beam in zip(scores, self.running, strict=True):
+                penalize(row, settings, prompt, beam.generated)
         totals = scores + torch.tensor([[beam.score] for beam in self.running], device=scores.device)
         # So many that `width` go on even if every other one stops.
         values, places = totals.flatten().topk(min((1 + len(self._stop_tokens)) * width, totals.numel()))

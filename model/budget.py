@@ -33,12 +33,14 @@ def estimate_memory(
     *,
     micro_batch_sequences: int,
     activation_bytes: int = 2,
+    recompute: bool = False,
     shards: int = 1,
     device: str = "cuda",
 ) -> Memory:
     """Peak of one training step: float32 weights, gradients and moments; activations in `activation_bytes` each.
 
-    `shards` is the number of ranks among which FSDP2 divides weights, gradients and moments.
+    With `recompute` a block keeps its input, and only the one that is on its way back has the rest. `shards` is the
+    number of ranks among which FSDP2 divides weights, gradients and moments.
     """
     parameters = count_parameters(model, vocab_size)
     matrices = model.num_layers * block_parameters(model)[0]
@@ -47,13 +49,16 @@ def estimate_memory(
     head = vocab_size * model.width
     copies = (matrices + head) * activation_bytes if activation_bytes < 4 else 0
     tokens = micro_batch_sequences * model.context_length
+    kept = model.num_layers * activations_per_token(model)
+    if recompute:
+        kept = model.num_layers * model.width + activations_per_token(model)
     limit = CHUNK_LOGITS.get(device, DEFAULT_CHUNK_LOGITS)
     chunk = min(tokens, max(limit // vocab_size, 128)) * vocab_size
     return Memory(
         weights=4 * parameters // shards + copies,
         gradients=4 * parameters // shards,
         optimizer=4 * moments // shards,
-        activations=tokens * model.num_layers * activations_per_token(model) * activation_bytes,
+        activations=tokens * kept * activation_bytes,
         # One chunk's logits, their float32 copy and their gradient, and the head's gradient as it adds up.
         logits=chunk * (4 + 2 * activation_bytes) + 4 * head,
     )

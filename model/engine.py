@@ -11,6 +11,7 @@ the step it ends. `step` belongs to one thread; `add` and `cancel` may be called
 """
 
 import logging
+import math
 import secrets
 import time
 from collections import deque
@@ -213,7 +214,7 @@ class Engine:
         try:
             logits = self.runner.run([item for _, _, work in scheduled for item in work])
             with self._one_thread():
-                healthy = logits.amax(-1).isfinite().tolist()
+                healthy = [math.isfinite(highest) for highest in logits.amax(-1).tolist()]
         except Exception as error:
             if len(scheduled) > 1:
                 # Running again alone is harmless (it writes the same keys and values) and finds whose fault it was.
@@ -288,31 +289,28 @@ class Engine:
         """Choose the next token of each text, and those after its drafted tokens, all rows together."""
         if not rows:
             return
+        logits = torch.cat([part for _, _, part in rows])  # a copy: log-probabilities are told from the model's own
         settings: list[SamplingSettings] = []
         uniforms: list[float] = []
-        parts: list[Tensor] = []
-        for _, sequence, logits in rows:
-            for place in range(len(logits)):
-                settings.append(sequence.settings)
-                uniforms.append(uniform(sequence.seed, sequence.candidate, len(sequence.tokens) + place))
-            if sequence.settings.adjusts_logits:
-                prompt, generated, draft = sequence.request.prompt_tokens, sequence.generated, sequence.draft
-                logits = torch.stack(
-                    [
-                        penalize(row, sequence.settings, prompt, generated + draft[:place])
-                        for place, row in enumerate(logits)
-                    ]
-                )
-            parts.append(logits)
-        chosen = choose(torch.cat(parts), settings, uniforms)
+        for _, sequence, _ in rows:
+            wanted, draft = sequence.settings, sequence.draft
+            for place in range(1 + len(draft)):
+                if wanted.adjusts_logits:
+                    generated = sequence.generated + draft[:place]
+                    penalize(logits[len(settings)], wanted, sequence.request.prompt_tokens, generated)
+                position = len(sequence.tokens) + place
+                drawn = uniform(sequence.seed, sequence.candidate, position) if wanted.temperature else 0.0
+                settings.append(wanted)
+                uniforms.append(drawn)
+        chosen = choose(logits, settings, uniforms)
         first = 0
-        for answer, sequence, logits in rows:
-            tokens = chosen[first : first + len(logits)]
-            first += len(logits)
+        for answer, sequence, part in rows:
+            tokens = chosen[first : first + 1 + len(sequence.draft)]
+            first += len(tokens)
             num_top = sequence.settings.logprobs
             logprobs = None
             if num_top is not None or answer.ranks:
-                logprobs = token_logprobs(logits, tokens, num_top or 0)
+                logprobs = token_logprobs(part, tokens, num_top or 0)
             before, drafted = len(sequence.tokens), len(sequence.draft)
             sequence.accept(tokens, logprobs)
             self._totals["generated_tokens"] += len(sequence.tokens) - before

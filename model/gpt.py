@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model import attention
 from model.config import ModelConfig
@@ -162,8 +163,16 @@ class Block(nn.Module):
         self.mlp_norm = build_norm(config)
         self.mlp = SwiGLU(config) if config.is_modern else GeluMLP(config)
         self.dropout = nn.Dropout(config.dropout)
+        self.recomputes = False  # keeps its input alone for the backward pass, and computes the rest again there
 
     def forward(self, x: Tensor, context: AttentionContext, layer: int) -> Tensor:
+        if self.recomputes and torch.is_grad_enabled():
+            return checkpoint(
+                self.compute, x, context, layer, use_reentrant=False, preserve_rng_state=self.dropout.p > 0
+            )
+        return self.compute(x, context, layer)
+
+    def compute(self, x: Tensor, context: AttentionContext, layer: int) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), context, layer))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 

@@ -24,7 +24,8 @@ constexpr int LANES = 16;
 constexpr int LANES = 8;
 #endif
 constexpr int PANEL = 2 * LANES;
-constexpr int MAX_ROWS = 6;  // rows a register tile holds: 6 rows x 2 vectors leave room in 16 registers
+constexpr int MAX_ROWS = 6;    // rows a register tile holds: 6 rows x 2 vectors leave room in 16 registers
+constexpr int BLOCK_ROWS = 8;  // rows whose keys and values one thread stores after another
 
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
@@ -140,10 +141,12 @@ template <class T> void write_panel(float* at, Floats first, Floats second) {
     }
 }
 
-inline void store(float* at, float value) { *at = value; }
-inline void store(uint16_t* at, float value) {  // rounds to the nearest, ties to even
-    const uint32_t bits = read<uint32_t>(&value);
-    *at = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+// LANES values in the precision of the cache.
+inline void write_cache(float* at, Floats values) { std::memcpy(at, &values, sizeof values); }
+inline void write_cache(uint16_t* at, Floats values) {  // rounds to the nearest, ties to even
+    const Ints bits = (Ints)values;
+    const Shorts upper = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, Shorts);
+    std::memcpy(at, &upper, sizeof upper);
 }
 inline float load(const float* at) { return *at; }
 inline float load(const uint16_t* at) {
@@ -279,15 +282,28 @@ template <int POWER> float moment(const float* x, int n, float shift) {
 void normalise(const float* x, int n, const float* weight, const float* bias, float epsilon, float* out) {
     const float mean = bias ? moment<1>(x, n, 0) / n : 0;
     const float scale = 1 / std::sqrt(moment<2>(x, n, mean) / n + epsilon);
-    for (int i = 0; i < n; ++i) out[i] = (x[i] - mean) * scale * weight[i] + (bias ? bias[i] : 0);
+    const auto one = [&](auto part, int i) {
+        part = (part - mean) * scale * read<decltype(part)>(weight + i);
+        if (bias) part += read<decltype(part)>(bias + i);
+        std::memcpy(out + i, &part, sizeof part);
+    };
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) one(read<Floats>(x + i), i);
+    for (; i < n; ++i) one(x[i], i);
 }
 
 void rotate(float* x, int n, const float* cosines, const float* sines) {
-    for (int i = 0; i < n / 2; ++i) {
-        const float first = x[i], second = x[i + n / 2];
-        x[i] = first * cosines[i] - second * sines[i];
-        x[i + n / 2] = second * cosines[i] + first * sines[i];
-    }
+    const auto pair = [&](auto first, int i) {
+        using Part = decltype(first);
+        const auto second = read<Part>(x + i + n / 2);
+        const auto cosine = read<Part>(cosines + i), sine = read<Part>(sines + i);
+        const Part turned[] = {first * cosine - second * sine, second * cosine + first * sine};
+        std::memcpy(x + i, &turned[0], sizeof(Part));
+        std::memcpy(x + i + n / 2, &turned[1], sizeof(Part));
+    };
+    int i = 0;
+    for (; i + LANES <= n / 2; i += LANES) pair(read<Floats>(x + i), i);
+    for (; i < n / 2; ++i) pair(x[i], i);
 }
 
 // -- The model --------------------------------------------------------------------------------------------------------
@@ -385,11 +401,12 @@ void apply(Crew& crew, const Linear& linear, int rows, const float* x, long x_st
                      2 * PANEL, ahead);
             for (int r = 0; r < height; ++r) {
                 float* to = out + (row + r) * out_stride;
-                for (int output = first; output < last; ++output) {
-                    float value = sums[r][output - first];
-                    if (linear.scale) value *= linear.scale[output];
-                    if (linear.bias) value += linear.bias[output];
-                    to[output] = add ? to[output] + value : value;
+                for (int output = first; output < last; output += LANES) {
+                    Floats value = read<Floats>(sums[r] + output - first);
+                    if (linear.scale) value *= read<Floats>(linear.scale + output);
+                    if (linear.bias) value += read<Floats>(linear.bias + output);
+                    if (add) value += read<Floats>(to + output);
+                    std::memcpy(to + output, &value, sizeof value);
                 }
             }
         }
@@ -409,25 +426,35 @@ void attend(Crew& crew, const Model& model, int layer, const Batch& batch, const
         return all_values + ((long)batch.slots[row] * model.kv_heads + head) * value_size;
     };
 
-    // Each row's keys and values go into its slot before any row looks at them.
-    crew.share(batch.rows, [&](int row, int) {
-        const int position = batch.positions[row];
-        float* queries = b.qkv + row * b.qkv_stride;
-        if (model.modern)
-            for (int head = 0; head < model.heads + model.kv_heads; ++head) {
-                float* x = queries + head * dim;
-                const Norm& norm = head < model.heads ? model.layers[layer].query_norm : model.layers[layer].key_norm;
-                normalise(x, dim, norm.weight, nullptr, model.epsilon, x);
-                rotate(x, dim, model.cosines + (long)position * dim, model.sines + (long)position * dim);
-            }
-        for (int head = 0; head < model.kv_heads; ++head) {
-            const float* key = queries + (model.heads + head) * dim;
+    // Each row's keys and values go into its slot before any row looks at them. The rows of a prompt write beside
+    // each other, so one thread takes several: two would take the same lines of memory from one another.
+    const int blocks = (batch.rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    crew.share(blocks * model.kv_heads, [&](int item, int) {
+        const int head = item % model.kv_heads, begin = item / model.kv_heads * BLOCK_ROWS;
+        for (int row = begin; row < std::min(begin + BLOCK_ROWS, batch.rows); ++row) {
+            const int position = batch.positions[row];
+            float* const queries = b.qkv + row * b.qkv_stride + head * group * dim;
+            float* const key = b.qkv + row * b.qkv_stride + (model.heads + head) * dim;
             const float* value = key + model.kv_heads * dim;
-            C* keys = keys_of(row, head) + (long)(position / PANEL) * dim * PANEL + position % PANEL;
-            C* values = values_of(row, head) + (long)position * PANEL;
-            for (int d = 0; d < dim; ++d) {
-                store(keys + d * PANEL, key[d]);
-                store(values + (long)(d / PANEL) * model.context * PANEL + d % PANEL, value[d]);
+            C* const keys = keys_of(row, head) + (long)(position / PANEL) * dim * PANEL + position % PANEL;
+            C* const values = values_of(row, head) + (long)position * PANEL;
+            if (model.modern) {
+                const float *cosines = model.cosines + (long)position * dim, *sines = model.sines + (long)position * dim;
+                const auto place = [&](float* x, const Norm& norm) {
+                    normalise(x, dim, norm.weight, nullptr, model.epsilon, x);
+                    rotate(x, dim, cosines, sines);
+                };
+                for (int h = 0; h < group; ++h) place(queries + h * dim, model.layers[layer].query_norm);
+                place(key, model.layers[layer].key_norm);
+            }
+            for (int d = 0; d < dim; d += LANES) {
+                C parts[2][LANES];
+                write_cache(parts[0], read<Floats>(key + d));
+                write_cache(parts[1], read<Floats>(value + d));
+                const int count = std::min(LANES, dim - d);
+                for (int lane = 0; lane < count; ++lane) keys[(d + lane) * PANEL] = parts[0][lane];
+                std::memcpy(values + (long)(d / PANEL) * model.context * PANEL + d % PANEL, parts[1],
+                            count * sizeof(C));
             }
         }
     });
@@ -440,16 +467,19 @@ void attend(Crew& crew, const Model& model, int layer, const Batch& batch, const
         const int length = batch.positions[row] + 1;
         const float* queries = b.qkv + row * b.qkv_stride + head * group * dim;
         const C *keys = keys_of(row, head), *values = values_of(row, head);
+        const int next = std::min(item + crew.threads(), batch.rows * model.kv_heads - 1);  // this thread's, likely
+        const long keys_ahead = keys_of(next / model.kv_heads, next % model.kv_heads) - keys;
+        const long values_ahead = values_of(next / model.kv_heads, next % model.kv_heads) - values;
         for (int panel = 0; panel * PANEL < length; panel += 2) {
             const int count = std::min(2, (length - panel * PANEL + PANEL - 1) / PANEL);
             multiply(group, count, keys + (long)panel * dim * PANEL, (long)dim * PANEL, dim, queries, dim,
-                     scores + panel * PANEL, b.scores_stride, 2L * dim * PANEL);
+                     scores + panel * PANEL, b.scores_stride, keys_ahead);
         }
         for (int h = 0; h < group; ++h) softmax(scores + h * b.scores_stride, length, scale);
         for (int panel = 0; panel < dim_padded / PANEL; panel += 2) {
             const int count = std::min(2, dim_padded / PANEL - panel);
             multiply(group, count, values + (long)panel * model.context * PANEL, (long)model.context * PANEL, length,
-                     scores, b.scores_stride, mixed + panel * PANEL, dim_padded, 2L * model.context * PANEL);
+                     scores, b.scores_stride, mixed + panel * PANEL, dim_padded, values_ahead);
         }
         for (int h = 0; h < group; ++h)
             std::memcpy(b.mixed + row * b.mixed_stride + (head * group + h) * dim, mixed + h * dim_padded,

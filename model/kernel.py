@@ -8,11 +8,15 @@ import ctypes
 import functools
 import hashlib
 import logging
+import math
+import mmap
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +143,31 @@ def kernel_cache_dtype(weights: str) -> torch.dtype:
     return torch.float32 if weights == "float32" else torch.bfloat16
 
 
+class HugePages:
+    """Zeroed memory in large pages, where the system has them.
+
+    A pass reads all weights once. In pages of 4 KiB, each of which the processor has to look up, that and the
+    reading of the cache took 5 to 7 % longer.
+    """
+
+    BLOCK_BYTES = 2**26  # what is not used of a block takes address space, but no memory
+    ALIGNMENT = 64  # bytes: a line of the processor's cache
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        num_bytes = math.prod(shape) * dtype.itemsize
+        taken = -(-num_bytes // self.ALIGNMENT) * self.ALIGNMENT
+        if taken > len(self._free):
+            block = mmap.mmap(-1, max(taken, self.BLOCK_BYTES), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with suppress(AttributeError, OSError):  # not Linux, or a Linux without them
+                block.madvise(mmap.MADV_HUGEPAGE)
+            self._free = torch.frombuffer(block, dtype=torch.uint8)
+        memory, self._free = self._free[:num_bytes], self._free[taken:]
+        return memory.view(dtype).view(*shape)
+
+
 class KernelRunner:
     """Runs all work of a step in one call; its promise is kept by the kernel, which computes every row alone."""
 
@@ -151,13 +180,14 @@ class KernelRunner:
         self.vocab_size = model.vocab_size
         self._kernel = kernel
         self._panel = int(kernel.panel_width())
+        self._memory = HugePages()
         self._tensors: list[Tensor] = []  # whose memory the structs point to
         self._weight_bytes = 0
         head_dim = config.channels_per_head
         panels = -(-config.context_length // self._panel), -(-head_dim // self._panel)
         slots = (config.num_layers, num_slots, config.kv_heads)
-        self.keys = torch.zeros(*slots, panels[0], head_dim, self._panel, dtype=self.cache_dtype)
-        self.values = torch.zeros(*slots, panels[1], config.context_length, self._panel, dtype=self.cache_dtype)
+        self.keys = self._memory.zeros((*slots, panels[0], head_dim, self._panel), self.cache_dtype)
+        self.values = self._memory.zeros((*slots, panels[1], config.context_length, self._panel), self.cache_dtype)
         layers = (_Layer * config.num_layers)(*map(self._layer, model.blocks))
         position_embedding = model.position_embedding
         self._model = _Model(
@@ -263,7 +293,7 @@ class KernelRunner:
 
     def _keep(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> int:
         """Copy a tensor to where it stays, and return its address."""
-        kept = tensor.detach().to(dtype, copy=True).contiguous()
+        kept = self._memory.zeros(tensor.shape, dtype).copy_(tensor.detach())
         self._tensors.append(kept)
         self._weight_bytes += kept.numel() * kept.element_size()
         return kept.data_ptr()

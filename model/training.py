@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from model.gpt import GPT, chunked_cross_entropy, cross_entropy_gradient
+from model.gpt import GPT, Block, chunked_cross_entropy, cross_entropy_gradient
 from model.optimizer import Optimizer
 
 STRATEGIES = ("none", "ddp", "fsdp")
@@ -72,6 +72,7 @@ class SharedLoss(LossModule):
         super().__init__(model)
         self.threads = threads
         self._pool = ThreadPoolExecutor(MAX_SHARES, thread_name_prefix="share")
+        self._compiled: set[tuple[torch.Size, bool]] = set()  # batches for which there is code
 
     def add_gradients(self, batch: MicroBatch, scale: float, precision: torch.dtype) -> Tensor:
         """Add the gradients of `scale` times the nats of a micro-batch to the weights'; returns the nats."""
@@ -85,10 +86,14 @@ class SharedLoss(LossModule):
             return nats.detach(), torch.autograd.grad(nats * scale, weights)
 
         documents = (None,) * shares if batch.document_ids is None else batch.document_ids.chunk(shares)
+        kind = batch.tokens.shape, batch.document_ids is None
+        # The first batch of a shape compiles code, which torch cannot do in one thread while another runs some.
+        share_out = self._pool.map if kind in self._compiled else map
         try:
-            done = list(self._pool.map(learn, batch.tokens.chunk(shares), batch.targets.chunk(shares), documents))
+            done = list(share_out(learn, batch.tokens.chunk(shares), batch.targets.chunk(shares), documents))
         finally:
             torch.set_num_threads(self.threads)
+        self._compiled.add(kind)
         for _, gradients in done:
             for weight, gradient in zip(weights, gradients, strict=True):
                 weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
@@ -96,14 +101,23 @@ class SharedLoss(LossModule):
 
 
 def parallelize(
-    model: GPT, *, strategy: str = "none", compile: bool = False, precision: torch.dtype = torch.float32
+    model: GPT,
+    *,
+    strategy: str = "none",
+    compile: bool = False,
+    precision: torch.dtype = torch.float32,
+    recompute: bool = False,
 ) -> nn.Module:
     """Return what `train_step` runs: the model's loss, compiled, and spread over the ranks by `strategy`.
 
     The model itself keeps its parameters and their names, so the optimizer and checkpoints use it directly; under
-    FSDP2 they are sharded in place, which is why the optimizer is built afterwards.
+    FSDP2 they are sharded in place, which is why the optimizer is built afterwards. With `recompute` each block keeps
+    its input alone for the backward pass (activation checkpointing, arXiv:1604.06174).
     """
     assert strategy in STRATEGIES, strategy
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        block.recomputes = recompute
     module = LossModule(model)
     device = model.embedding.weight.device
     if device.type == "cpu":

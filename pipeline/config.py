@@ -112,6 +112,9 @@ class TrainConfig:
     document_boundaries: bool = setting(False, "keep attention inside each document")
     precision: str = setting("auto", "float32, bfloat16, or auto: bfloat16 where the hardware has it")
     compile: bool = setting(False, "torch.compile the model: slower to start, faster to run", affects_result=False)
+    recompute_activations: bool = setting(
+        False, "keep less for the backward pass and compute it again: slower, less memory", affects_result=False
+    )
     device: str = setting("auto", "auto (GPUs if the cluster has any), cpu or gpu", affects_result=False)
     num_workers: Any = setting(
         2, "workers, one per GPU; [least, most] grows and shrinks by itself", affects_result=False

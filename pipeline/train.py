@@ -446,7 +446,13 @@ def train_on_one(job: Job) -> dict[str, Any]:
         import_weights(model, load_file(resumed / WEIGHTS), str(resumed))
     model.to(device)
     strategy = options.sharding if world_size > 1 else "none"
-    module = parallelize(model, strategy=strategy, compile=options.compile, precision=precision)
+    module = parallelize(
+        model,
+        strategy=strategy,
+        compile=options.compile,
+        precision=precision,
+        recompute=options.recompute_activations,
+    )
 
     # optimizer
     optimizer = build_optimizer(model, config.optimizer, options.steps)
@@ -678,13 +684,14 @@ def explain_out_of_memory(job: Job, error: RuntimeError) -> str:
         job.vocab_size,
         micro_batch_sequences=options.micro_batch_sequences,
         activation_bytes=4 if options.precision == "float32" else 2,
+        recompute=options.recompute_activations,
     )
     return (
         f"Out of memory: {str(error).strip().splitlines()[0][:200].rstrip('.')}. The estimate of `jobs.plan` is"
         f" {memory.total / 1e9:.2f} GB, of which {(memory.activations + memory.logits) / 1e9:.2f} GB grow with"
         f" train.micro_batch_sequences, now {options.micro_batch_sequences}: lower that first, the result stays the"
-        " same; then set train.precision=bfloat16, use more workers with train.sharding=fsdp, or lower"
-        " model.context_length."
+        " same; then set train.recompute_activations=true or train.precision=bfloat16, use more workers with"
+        " train.sharding=fsdp, or lower model.context_length."
     )
 
 

@@ -4,11 +4,13 @@
 .venv/bin/python tests/benchmarks/train_step.py --device cuda --context 1024 --batch 64
 .venv/bin/python tests/benchmarks/train_step.py --family classic --width 768 --heads 12 --vocabulary 50257 --tied
 
-Every candidate runs in a process of its own, so that peak memory is its own: forward, loss, backward and a fused
-AdamW step on the same random tokens, eager and compiled. Peers come with `pip install -e ".[dev,benchmarks]"`.
+Every candidate runs in a process of its own, so that peak memory is its own, and on a CPU they take turns: forward,
+loss, backward and a fused AdamW step on the same random tokens, eager and compiled.
+Peers come with `pip install -e ".[dev,benchmarks]"`.
 """
 
 import argparse
+import gc
 import importlib.util
 import json
 import resource
@@ -67,6 +69,8 @@ def our_step(options: argparse.Namespace, is_compiled: bool) -> Callable[[], Any
     module = parallelize(model, compile=is_compiled)
     optimizer = build_optimizer(model, OptimizerConfig(kind=options.optimizer), total_steps=1000)
     tokens = batch.tokens.numel()
+    gc.collect()
+    gc.disable()  # as the training loop does
     return lambda: train_step(module, optimizer, [batch], step=1, global_tokens=tokens, precision=precision)
 
 
@@ -136,77 +140,103 @@ STEPS: dict[str, Callable[[argparse.Namespace, bool], Callable[[], Any]]] = {
 }
 
 
-def measure_candidate(options: argparse.Namespace) -> dict[str, float]:
-    """Run one candidate in this process."""
-    name, mode = options.candidate.split("/")
-    on_gpu = options.device.startswith("cuda")
-    wait = torch.cuda.synchronize if on_gpu else lambda: None
-    step = STEPS[name](options, mode == "compiled")
-    start = time.perf_counter()
-    step()
-    wait()
-    first = time.perf_counter() - start
-    step()
-    wait()
-    durations = []
-    for _ in range(options.steps):
-        start = time.perf_counter()
-        step()
-        wait()
-        durations.append(time.perf_counter() - start)
-    seconds = statistics.median(durations)
-    if on_gpu:
-        memory = torch.cuda.max_memory_allocated() / 1e9
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    return {
-        "tokens_per_second": options.batch * options.context / seconds,
-        "milliseconds_per_step": 1000 * seconds,
-        "peak_memory_gigabytes": memory,
-        "compile_seconds": max(first - seconds, 0.0) if mode == "compiled" else 0.0,
-    }
-
-
-def measure_matmul_rate(options: argparse.Namespace) -> float:
-    """FLOP/s of the step's own matrix products and nothing else: every shape, forward and both gradients."""
+def matmul_step(options: argparse.Namespace) -> Callable[[], float]:
+    """The step's own matrix products and nothing else, every shape, forward and both gradients; returns seconds."""
     config = model_config(options)
     on_gpu = options.device.startswith("cuda")
     dtype = choose_precision(options.precision, options.device)
+    rows = options.batch * options.context
+
+    def time_product(left: torch.Tensor, right: torch.Tensor) -> float:
+        durations = []
+        torch.mm(left, right)
+        for _ in range(20 if on_gpu else 3):
+            if on_gpu:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            torch.mm(left, right)
+            if on_gpu:
+                torch.cuda.synchronize()
+            durations.append(time.perf_counter() - start)
+        return statistics.median(durations)
+
+    def step() -> float:
+        seconds = 0.0
+        for inputs, outputs, count in matrix_shapes(config, options.vocabulary):
+            x = torch.randn(rows, inputs, device=options.device, dtype=dtype)
+            weight = torch.randn(outputs, inputs, device=options.device, dtype=dtype)
+            gradient = torch.randn(rows, outputs, device=options.device, dtype=dtype)
+            products = [(x, weight.t()), (gradient, weight), (gradient.t(), x)]
+            seconds += count * sum(time_product(left, right) for left, right in products)
+        return seconds
+
+    return step
+
+
+def matrix_shapes(config: ModelConfig, vocabulary: int) -> list[tuple[int, int, int]]:
+    """Inputs, outputs, and how many of them the model has."""
     heads = config.num_heads * config.channels_per_head
     keys = config.kv_heads * config.channels_per_head
     inner = config.mlp_channels
-    shapes = [  # inputs, outputs, how many in the model
+    return [
         (config.width, heads + 2 * keys, config.num_layers),
         (heads, config.width, config.num_layers),
         (config.width, 2 * inner if config.is_modern else inner, config.num_layers),
         (inner, config.width, config.num_layers),
-        (config.width, options.vocabulary, 1),
+        (config.width, vocabulary, 1),
     ]
-    rows = options.batch * options.context
-    flops = seconds = 0.0
-    for inputs, outputs, count in shapes:
-        x = torch.randn(rows, inputs, device=options.device, dtype=dtype)
-        weight = torch.randn(outputs, inputs, device=options.device, dtype=dtype)
-        gradient = torch.randn(rows, outputs, device=options.device, dtype=dtype)
-        products: list[tuple[torch.Tensor, torch.Tensor]] = [(x, weight.t()), (gradient, weight), (gradient.t(), x)]
-        for left, right in products:
-            durations = []
-            torch.mm(left, right)
-            for _ in range(20 if on_gpu else 5):
-                if on_gpu:
-                    torch.cuda.synchronize()
-                start = time.perf_counter()
-                torch.mm(left, right)
-                if on_gpu:
-                    torch.cuda.synchronize()
-                durations.append(time.perf_counter() - start)
-            seconds += statistics.median(durations) * count
-        flops += 6 * rows * inputs * outputs * count
-    return flops / seconds
+
+
+def run_candidate(options: argparse.Namespace) -> None:
+    """Take a step for every line that comes in, and answer with its seconds; at the end, with the memory it took."""
+    on_gpu = options.device.startswith("cuda")
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    name, _, mode = options.candidate.partition("/")
+    step = matmul_step(options) if name == "matmul" else STEPS[name](options, mode == "compiled")
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        seconds = step()
+        wait()
+        print(json.dumps(seconds if name == "matmul" else time.perf_counter() - start), flush=True)
+    memory = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps(memory / 1e9), flush=True)
 
 
 def missing_peers(family: str) -> list[str]:
     return [name for name in PEERS[family] if importlib.util.find_spec(name) is None]
+
+
+class Candidate:
+    """This script again, with the same options, in a process that takes a step when it is told to."""
+
+    def __init__(self, name: str) -> None:
+        command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--candidate", name]
+        self.name = name
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.first_seconds = self.step()
+        self.step()
+        self.seconds: list[float] = []
+
+    def step(self) -> float:
+        assert self.process.stdin
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def finish(self) -> float:
+        """End the process; returns the gigabytes it took at most."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        memory = self._read()
+        self.process.wait()
+        return memory
+
+    def _read(self) -> float:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended with exit status {self.process.wait()}")
+        return json.loads(line)
 
 
 def main() -> None:
@@ -227,11 +257,8 @@ def main() -> None:
     parser.add_argument("--modes", default="eager,compiled")
     parser.add_argument("--candidate", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.candidate == "matmul":
-        print(json.dumps({"flops_per_second": measure_matmul_rate(options)}))
-        return
     if options.candidate:
-        print(json.dumps(measure_candidate(options)))
+        run_candidate(options)
         return
 
     config = model_config(options)
@@ -244,24 +271,43 @@ def main() -> None:
         f" {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     print(f"FLOPs per token: {flops:,} = 6 x {matrices:,} matrix weights + 12 L H D T of attention (PaLM's count)")
-    rate = run_candidate("matmul")["flops_per_second"]
-    limit = rate / (6 * matrices)
-    print(f"matrix products of the step alone: {rate / 1e9:,.0f} GFLOP/s, which would be {limit:,.0f} tokens/s\n")
     missing = missing_peers(options.family)
-    print(f"{'':24}{'tokens/s':>12}{'ms/step':>10}{'of limit':>10}{'MFU*':>8}{'GB':>8}{'compile s':>11}")
+    modes = options.modes.split(",")
+    names = [f"{name}/{mode}" for name in ("ours", *PEERS[options.family]) if name not in missing for mode in modes]
+    tokens = options.batch * options.context
+    # On a CPU the candidates take turns, step by step: its speed changes from minute to minute. A GPU's does not, but
+    # its memory would be shared.
+    groups = [[name] for name in ("matmul", *names)] if options.device.startswith("cuda") else [["matmul", *names]]
+    seconds: dict[str, float] = {}
     results: dict[str, dict[str, float]] = {}
-    for name in ("ours", *PEERS[options.family]):
-        for mode in options.modes.split(","):
-            if name in missing:
-                print(f"{name + ', ' + mode:24}{'not installed':>12}")
-                continue
-            found = results[f"{name}/{mode}"] = run_candidate(f"{name}/{mode}")
-            speed = found["tokens_per_second"]
-            print(
-                f"{name + ', ' + mode:24}{speed:12,.0f}{found['milliseconds_per_step']:10,.0f}{speed / limit:10.1%}"
-                f"{speed * flops / rate:8.1%}{found['peak_memory_gigabytes']:8.2f}{found['compile_seconds']:11.0f}",
-                flush=True,
-            )
+    for group in groups:
+        candidates = [Candidate(name) for name in group]
+        for _ in range(options.steps):
+            for candidate in candidates:
+                candidate.seconds.append(candidate.step())
+        for candidate in candidates:
+            memory = candidate.finish()
+            typical = seconds[candidate.name] = statistics.median(candidate.seconds)
+            if candidate.name != "matmul":
+                is_compiled = candidate.name.endswith("compiled")
+                results[candidate.name] = {
+                    "tokens_per_second": tokens / typical,
+                    "milliseconds_per_step": 1000 * typical,
+                    "peak_memory_gigabytes": memory,
+                    "compile_seconds": max(candidate.first_seconds - typical, 0.0) if is_compiled else 0.0,
+                }
+    rate = 6 * matrices * tokens / seconds["matmul"]
+    limit = tokens / seconds["matmul"]
+    print(f"matrix products of the step alone: {rate / 1e9:,.0f} GFLOP/s, which would be {limit:,.0f} tokens/s\n")
+    print(f"{'':24}{'tokens/s':>12}{'ms/step':>10}{'of limit':>10}{'MFU*':>8}{'GB':>8}{'compile s':>11}")
+    for name, found in results.items():
+        speed = found["tokens_per_second"]
+        print(
+            f"{name.replace('/', ', '):24}{speed:12,.0f}{found['milliseconds_per_step']:10,.0f}{speed / limit:10.1%}"
+            f"{speed * flops / rate:8.1%}{found['peak_memory_gigabytes']:8.2f}{found['compile_seconds']:11.0f}"
+        )
+    for name in missing:
+        print(f"{name:24}{'not installed':>12}")
     print("* of the measured matrix rate, attention's FLOPs included; GPU makers' peaks are in jobs/plan.py")
 
     ours = max((r for n, r in results.items() if n.startswith("ours/")), key=lambda r: r["tokens_per_second"])
@@ -280,17 +326,6 @@ def main() -> None:
         "candidates": {n: {k: round(v, 3) for k, v in r.items()} for n, r in results.items()},
     }
     print(json.dumps(figures))
-
-
-def run_candidate(name: str) -> dict[str, float]:
-    """Run this script again for one candidate, with the same options."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--candidate", name],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

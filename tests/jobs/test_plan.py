@@ -9,6 +9,7 @@ from jobs.plan import main
 from model.budget import activations_per_token, estimate_memory, estimate_step, orthogonalisation_flops
 from model.gpt import GPT, ModelConfig
 from model.optimizer import OptimizerConfig
+from model.training import parallelize
 
 PRESETS = sorted((Path(__file__).parents[2] / "jobs" / "presets").glob("*.yaml"))
 
@@ -32,11 +33,8 @@ def test_an_unknown_setting_is_refused(capsys: pytest.CaptureFixture[str]) -> No
     assert "model.width" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("family", ["classic", "modern"])
-def test_activations_are_about_what_autograd_keeps(family: str) -> None:
-    config = ModelConfig(family=family, num_layers=3, width=64, num_heads=4, context_length=32)
-    model = GPT(config, 128)
-    tokens = torch.randint(0, 128, (4, 32))
+def kept_bytes(model: GPT, tokens: torch.Tensor) -> int:
+    """Bytes that autograd keeps of the blocks from the forward to the backward pass."""
     held: dict[int, int] = {}
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
@@ -48,10 +46,32 @@ def test_activations_are_about_what_autograd_keeps(family: str) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = model.forward_hidden(tokens)
+    total = sum(held.values())
+    del hidden
+    return total
+
+
+@pytest.mark.parametrize("family", ["classic", "modern"])
+def test_activations_are_about_what_autograd_keeps(family: str) -> None:
+    config = ModelConfig(family=family, num_layers=3, width=64, num_heads=4, context_length=32)
+    model = GPT(config, 128)
+    tokens = torch.randint(0, 128, (4, 32))
     estimate = 4 * tokens.numel() * config.num_layers * activations_per_token(config)
     # Eager mode keeps some intermediate products that a compiled model computes again.
-    assert 0.8 * estimate < sum(held.values()) < 1.7 * estimate
-    del hidden
+    assert 0.8 * estimate < kept_bytes(model, tokens) < 1.7 * estimate
+    parallelize(model, recompute=True)
+    # What is left: each block's input, the last norm's input and output, and the tokens.
+    assert kept_bytes(model, tokens) <= 4 * tokens.numel() * config.width * (config.num_layers + 3)
+
+
+def test_blocks_computed_again_take_less_memory() -> None:
+    config, optimizer = ModelConfig(), OptimizerConfig()
+    kept, again = (
+        estimate_memory(config, optimizer, 8192, micro_batch_sequences=4, recompute=recompute)
+        for recompute in (False, True)
+    )
+    assert again.activations < 0.3 * kept.activations
+    assert again.total - again.activations == kept.total - kept.activations
 
 
 def test_memory_grows_with_the_micro_batch_and_falls_with_sharding() -> None:

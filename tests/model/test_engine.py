@@ -374,8 +374,10 @@ def test_best_of_answers_with_the_likeliest_per_token() -> None:
 
 
 @pytest.mark.parametrize("chunk", [3, 64])
-def test_echo_gives_the_prompt_with_the_models_logprobs(chunk: int) -> None:
-    text = answer(engine(prefill_chunk_tokens=chunk), request("a", max_tokens=3, temperature=0, echo=True, logprobs=2))
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_echo_gives_the_prompt_with_the_models_logprobs_whatever_the_penalty(chunk: int, penalty: float) -> None:
+    wanted = request("a", max_tokens=3, temperature=0, echo=True, logprobs=2, repetition_penalty=penalty)
+    text = answer(engine(prefill_chunk_tokens=chunk), wanted)
     assert text.prompt is not None
     assert text.prompt.text == "the quick brown"
     tokens = text.prompt.tokens + text.tokens

@@ -102,28 +102,23 @@ def test_repetition_penalty_is_that_of_transformers() -> None:
 
     logits = random_logits(1)
     prompt, generated = [3, 5, 5], [7, 3]
-    theirs = RepetitionPenaltyLogitsProcessor(1.4)(torch.tensor([prompt + generated]), logits)
-    ours = penalize(logits[0], SamplingSettings(repetition_penalty=1.4), prompt, generated)
-    torch.testing.assert_close(ours, theirs[0])
+    theirs = RepetitionPenaltyLogitsProcessor(1.4)(torch.tensor([prompt + generated]), logits.clone())
+    penalize(logits[0], SamplingSettings(repetition_penalty=1.4), prompt, generated)
+    torch.testing.assert_close(logits[0], theirs[0])
 
 
 def test_presence_and_frequency_count_what_was_generated() -> None:
     settings = SamplingSettings(presence_penalty=0.5, frequency_penalty=0.25)
-    ours = penalize(torch.zeros(6), settings, [0, 1], [1, 2, 2, 2])
+    ours = torch.zeros(6)
+    penalize(ours, settings, [0, 1], [1, 2, 2, 2])
     # Token 0 is of the prompt alone; 1 came once: 0.5 + 0.25; 2 came three times: 0.5 + 3 x 0.25.
     assert ours.tolist() == [0, -0.75, -1.25, 0, 0, 0]
 
 
 def test_logit_bias_multiplies_the_odds() -> None:
-    logits = torch.tensor([[0.0, 0.0, 0.0]])
-    biased = penalize(logits[0], SamplingSettings(logit_bias={1: math.log(2), 2: -100}), [0], [])
-    torch.testing.assert_close(biased.softmax(-1), torch.tensor([1 / 3, 2 / 3, 0.0]))
-
-
-def test_penalties_leave_the_given_logits_alone() -> None:
-    logits = torch.zeros(4)
-    penalize(logits, SamplingSettings(logit_bias={1: 5}), [0], [])
-    assert logits.tolist() == [0, 0, 0, 0]
+    logits = torch.zeros(3)
+    penalize(logits, SamplingSettings(logit_bias={1: math.log(2), 2: -100}), [0], [])
+    torch.testing.assert_close(logits.softmax(-1), torch.tensor([1 / 3, 2 / 3, 0.0]))
 
 
 def test_logprobs_are_the_models_own() -> None:

@@ -1,8 +1,10 @@
 """A training step gives the same result however its batch is divided: into micro-batches, over ranks, or sharded."""
 
 import math
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -54,10 +56,15 @@ def split(batch: Rows, *sizes: int) -> list[Rows]:
 
 
 def train(
-    kind: str = "muon", sizes: tuple[int, ...] = (4,), compile: bool = False, config: ModelConfig = TINY
+    kind: str = "muon",
+    sizes: tuple[int, ...] = (4,),
+    compile: bool = False,
+    config: ModelConfig = TINY,
+    recompute: bool = False,
 ) -> tuple[GPT, list[float]]:
     model = tiny_model(config)
-    module = parallelize(model, compile=compile)
+    module = parallelize(model, compile=compile, recompute=recompute)
+    torch.manual_seed(5)  # for dropout
     optimizer = build_optimizer(model, OptimizerConfig(kind=kind, clip_norm=0.5), total_steps=3)
     losses = []
     for step in range(3):
@@ -78,6 +85,16 @@ def test_uneven_micro_batches_add_up_to_the_whole_batch() -> None:
     parts, part_losses = train(sizes=(1, 3))
     assert part_losses == pytest.approx(losses, rel=1e-5)
     assert_same_weights(whole, parts)
+
+
+@pytest.mark.parametrize(("family", "dropout"), [("classic", 0.0), ("classic", 0.3), ("modern", 0.0)])
+def test_recomputed_activations_are_the_same_to_the_last_bit(family: str, dropout: float) -> None:
+    config = replace(TINY, family=family, dropout=dropout)
+    kept, losses = train(config=config)
+    recomputed, same_losses = train(config=config, recompute=True)
+    assert losses == same_losses
+    for ours, theirs in zip(kept.parameters(), recomputed.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.fixture
@@ -102,6 +119,27 @@ def test_cores_that_share_out_the_sequences_learn_the_same(
     assert losses == pytest.approx(other_losses, rel=1e-5)
     assert_same_weights(shared, alone)
     assert torch.get_num_threads() == threads
+
+
+def test_cores_compile_one_after_another_and_compute_together(threads: int) -> None:
+    model = tiny_model()
+    module = parallelize(model)
+    optimizer = build_optimizer(model, OptimizerConfig(), total_steps=3)
+    meeting = threading.Barrier(threads)
+    seen: list[int] = []
+    whole_loss = model.loss
+
+    def loss(tokens: Tensor, targets: Tensor, document_ids: Tensor | None) -> Tensor:
+        seen.append(threading.get_ident())
+        if len(seen) > threads:
+            meeting.wait(timeout=60)  # passes when both are here
+        return whole_loss(tokens, targets, document_ids)
+
+    model.loss = loss  # type: ignore[method-assign]
+    for step in range(2):
+        train_step(module, optimizer, [global_batch(step)], step=step, global_tokens=GLOBAL_TOKENS)
+    assert len(set(seen[:threads])) == 1
+    assert len(set(seen[threads:])) == threads
 
 
 def test_what_fails_on_one_core_fails_the_step(threads: int) -> None:
@@ -129,11 +167,12 @@ def test_the_same_run_gives_the_same_bits() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("family", ["classic", "modern"])
-def test_the_compiled_step_computes_the_same(family: str) -> None:
+def test_the_compiled_step_computes_the_same(family: str, recompute: bool) -> None:
     config = ModelConfig(family=family, num_layers=3, width=16, num_heads=2, context_length=8, mlp_width=32)
     plain, losses = train(kind="adamw", config=config)
-    compiled, compiled_losses = train(kind="adamw", compile=True, config=config)
+    compiled, compiled_losses = train(kind="adamw", compile=True, config=config, recompute=recompute)
     assert compiled_losses == pytest.approx(losses, rel=1e-4)
     assert_same_weights(plain, compiled)
 
@@ -185,9 +224,9 @@ def learn_on_one_rank(rank: int, world_size: int, meeting: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
     for kind in ("adamw", "muon"):
         alone, losses = train(kind, sizes=(4,))
-        for strategy in ("ddp", "fsdp"):
+        for strategy, recompute in product(("ddp", "fsdp"), (False, True)):
             model = tiny_model()
-            module = parallelize(model, strategy=strategy)
+            module = parallelize(model, strategy=strategy, recompute=recompute)
             optimizer = build_optimizer(model, OptimizerConfig(kind=kind, clip_norm=0.5), total_steps=3)
             for step in range(3):
                 if strategy == "fsdp" and step == 1:

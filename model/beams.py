@@ -76,13 +76,14 @@ class Beams:
         children: list[Beam] = []
         for rank, (score, place) in enumerate(zip(values.tolist(), places.tolist(), strict=True)):
             parent, token = divmod(place, vocabulary)
-            stops = token in self._stop_tokens
+            generated = [*self.running[parent].generated, token]
+            stops = token in self._stop_tokens or self._has_stop_string(generated)
             if (stops or last) and rank >= width:
                 continue
             if not stops and len(children) == width:
                 continue
             beam = self.running[parent]
-            child = Beam([*beam.generated, token], score, beam.logprobs)
+            child = Beam(generated, score, beam.logprobs)
             if settings.logprobs is not None:
                 report = token_logprobs(logits[parent : parent + 1], [token], settings.logprobs)
                 child = replace(child, logprobs=beam.logprobs + report)
@@ -97,6 +98,12 @@ class Beams:
             self.finish_reason = self.finished[0][2]
             return []
         return self._take_slots(parents, children)
+
+    def _has_stop_string(self, generated: list[int]) -> bool:
+        if not self.settings.stop:
+            return False
+        text = self._tokenizer.decode(generated)
+        return any(stop in text for stop in self.settings.stop)
 
     def _take_slots(self, parents: list[int], children: list[Beam]) -> list[tuple[int, int]]:
         """Give each beam its parent's slot; a parent's further children get copies in slots that nobody kept."""

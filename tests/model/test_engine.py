@@ -414,9 +414,11 @@ def test_prompt_lookup_changes_the_speed_and_not_the_answer(temperature: float, 
 
 
 @pytest.mark.parametrize("beams", [2, 4])
-@pytest.mark.parametrize("end_bias", [0.0, 4.0])
-def test_beam_search_finds_what_transformers_finds(beams: int, end_bias: float, tmp_path: Any) -> None:
-    from transformers import AutoModelForCausalLM
+@pytest.mark.parametrize(("end_bias", "stop"), [(0.0, ()), (4.0, ()), (0.0, ("e", "oz")), (4.0, ("e",))])
+def test_beam_search_finds_what_transformers_finds(
+    beams: int, end_bias: float, stop: tuple[str, ...], tmp_path: Any
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from model.checkpoint import save_model
 
@@ -437,15 +439,17 @@ def test_beam_search_finds_what_transformers_finds(beams: int, end_bias: float, 
         do_sample=False,
         eos_token_id=end,
         pad_token_id=end,
+        **({"stop_strings": list(stop), "tokenizer": AutoTokenizer.from_pretrained(tmp_path)} if stop else {}),
     )
     searching = Engine(ending, tokenizer(), EngineSettings(weights="float32", prefill_chunk_tokens=4))
-    ours = run(searching, [request("a", max_tokens=12, num_beams=beams, n=2, logprobs=0)])
+    ours = run(searching, [request("a", max_tokens=12, num_beams=beams, n=2, logprobs=0, stop=stop)])
     for index in range(2):
         expected = theirs[index, len(prompt) :].tolist()
         if end in expected:
             expected = expected[: expected.index(end)]
         assert ours["a", index].tokens == expected
-        assert ours["a", index].text == tokenizer().decode(expected)
+        text = tokenizer().decode(expected)
+        assert ours["a", index].text == text[: min((text.index(part) for part in stop if part in text), default=None)]
 
 
 def test_greedy_generation_is_that_of_transformers(tmp_path: Any) -> None:

@@ -66,7 +66,7 @@ def our_step(options: argparse.Namespace, is_compiled: bool) -> Callable[[], Any
         choose_precision(options.precision, options.device),
     )
     model = GPT(config, options.vocabulary).to(options.device)
-    module = parallelize(model, compile=is_compiled)
+    module = parallelize(model, compile=is_compiled, recompute=options.recompute)
     optimizer = build_optimizer(model, OptimizerConfig(kind=options.optimizer), total_steps=1000)
     tokens = batch.tokens.numel()
     gc.collect()
@@ -253,6 +253,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed steps; their median counts")
     parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"), help="ours; the peers have AdamW")
+    parser.add_argument("--recompute", action="store_true", help="ours computes activations again")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--modes", default="eager,compiled")
     parser.add_argument("--candidate", help=argparse.SUPPRESS)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from model.gpt import GPT, ModelConfig
-from model.kernel import KernelRunner, load_kernel
+from model.kernel import HugePages, KernelRunner, load_kernel
 from model.runner import TorchRunner, quantize, with_weights
 from model.sequence import Work
 
@@ -132,3 +132,16 @@ def test_quantised_weights_are_within_half_a_step() -> None:
     assert integers.dtype == torch.int8
     assert ((integers * scale[:, None] - weight).abs() <= scale[:, None] / 2 + 1e-7).all()
     assert integers.abs().amax(1).tolist() == [127, 127, 127, 0, 127, 127, 127]
+
+
+def test_memory_in_large_pages_is_zeroed_aligned_and_nobody_elses() -> None:
+    memory = HugePages()
+    shapes = [((3, 5), torch.bfloat16), ((7,), torch.float32), ((HugePages.BLOCK_BYTES + 1,), torch.int8)]
+    tensors = [memory.zeros(shape, dtype) for shape, dtype in shapes]
+    for number, (tensor, (shape, dtype)) in enumerate(zip(tensors, shapes, strict=True)):
+        assert tensor.shape == shape
+        assert tensor.dtype == dtype
+        assert tensor.data_ptr() % HugePages.ALIGNMENT == 0
+        assert not tensor.any()
+        tensor.fill_(number + 1)
+    assert [tensor.unique().tolist() for tensor in tensors] == [[1], [2], [3]]

@@ -84,7 +84,8 @@ def build_api(service: Service) -> FastAPI:
     # FastAPI's own pages load Swagger UI from a CDN; this one brings it along.
     fastapi_swagger.patch_fastapi(app, redirect_from_root_to_docs=False)
     app.add_middleware(Gate, service=service)
-    for kind in (ApiError, Overloaded, EngineDied, Exception):
+    # What only Exception's handler answers is raised again after it, and costs the client its connection.
+    for kind in (ApiError, Overloaded, EngineDied, ValueError, Exception):
         app.add_exception_handler(kind, answer_error)
     app.add_exception_handler(RequestValidationError, answer_validation_error)
     app.add_exception_handler(HTTPException, answer_http_error)
@@ -115,7 +116,7 @@ def build_api(service: Service) -> FastAPI:
         """Text to token ids."""
         model_id, version = service.models.find(body.model)
         service.access.start(request.scope["api_key"], 0)
-        tokens = await encode(version.loaded.tokenizer, body.text)
+        tokens = await encode(version.loaded.tokenizer, body.text, "text")
         return JSONResponse({"model": model_id, "tokens": tokens, "count": len(tokens)}, headers=version.headers)
 
     @app.post("/v1/detokenize", response_model=DetokenizeAnswer)
@@ -271,7 +272,7 @@ async def encode_prompt(body: CompletionRequest, version: LiveVersion, text: str
         if body.truncate_prompt_tokens is None:
             raise too_long(f"over {loaded.context_length}", loaded.context_length)
         text = text[-longest:]
-    return await encode(loaded.tokenizer, text)
+    return await encode(loaded.tokenizer, text, "prompt")
 
 
 def truncate(body: CompletionRequest, tokens: list[int], context_length: int) -> list[int]:
@@ -319,11 +320,14 @@ def check_tokens(tokens: list[int], version: LiveVersion, param: str) -> None:
         raise ApiError(400, f"{param} holds token {wrong}; token ids go from 0 to {vocab_size - 1}.", param=param)
 
 
-async def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+async def encode(tokenizer: Tokenizer, text: str, param: str) -> list[int]:
     """Tokenize, long texts off the event loop."""
-    if len(text) < 10_000:
-        return tokenizer.encode(text).tolist()
-    return await asyncio.to_thread(lambda: tokenizer.encode(text).tolist())
+    try:
+        if len(text) < 10_000:
+            return tokenizer.encode(text).tolist()
+        return await asyncio.to_thread(lambda: tokenizer.encode(text).tolist())
+    except ValueError as error:
+        raise ApiError(400, str(error).replace("The text", param, 1), param=param) from None
 
 
 class Answer:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from typing import Any
 
 import httpx
@@ -269,6 +270,20 @@ def test_bad_input_is_refused_in_one_sentence(http: httpx.Client, body: Any, say
     assert says in error["message"], error["message"]
     assert error["message"].endswith(".")
     assert "\n" not in error["message"]
+
+
+def test_bad_input_costs_nobody_the_connection(http: httpx.Client) -> None:
+    # An error that escapes the application is answered too, but the server hangs up after it.
+    connection = HTTPConnection(str(http.base_url.host), http.base_url.port, timeout=60)
+    connection.connect()
+    first = connection.sock
+    for body, _ in [*BAD_BODIES, ({"prompt": "x", "max_tokens": 1}, "")]:
+        content = body if isinstance(body, bytes) else json.dumps(body)
+        connection.request("POST", "/v1/completions", body=content, headers={"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        answer.read()
+    assert answer.status == 200
+    assert connection.sock is first
 
 
 def test_other_refusals(http: httpx.Client, client: openai.OpenAI) -> None:

@@ -300,11 +300,18 @@ class TokenStream:
     def _opening(self, epoch: int, place: int, ahead: bool = False) -> Future[Window]:
         key = (epoch, place)
         if key not in self._opened:
-            self._opened[key] = self._loaders.submit(self._load, epoch, place)
-            if ahead:
-                self._opened[key].add_done_callback(_warn_of_failure)
+            self._opened[key] = self._loaders.submit(self._load_ahead if ahead else self._load, epoch, place)
         self._opened.move_to_end(key)
         return self._opened[key]
+
+    def _load_ahead(self, epoch: int, place: int) -> Window:
+        try:
+            return self._load(epoch, place)
+        except CancelledError:
+            raise
+        except Exception as error:  # whoever gets there raises it; before, there is time to mend it
+            logger.warning("Fetching ahead failed, training will stop when it gets there: %s", error)
+            raise
 
     def _load(self, epoch: int, place: int) -> Window:
         index = self._window_order(epoch)[place]
@@ -327,11 +334,6 @@ class TokenStream:
         if self._closed or not threading.main_thread().is_alive():
             raise CancelledError  # the program is ending; it should not wait for a whole window
         return self._cache.open(shard)
-
-
-def _warn_of_failure(future: Future[Window]) -> None:
-    if not future.cancelled() and isinstance(error := future.exception(), Exception):
-        logger.warning("Fetching ahead failed, training will stop when it gets there: %s", error)
 
 
 def _to_batch(buffer: np.ndarray, end_of_text: int | None, pin_memory: bool) -> Batch:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -195,6 +196,10 @@ def test_a_corrupt_or_missing_object_is_named_before_training_starts_on_it(
     with pytest.raises(ValueError, match=complaint):
         list(itertools.islice(stream.batches(), stream.steps_per_epoch))
     assert "training will stop when it gets there" in caplog.text
+    deadline = time.monotonic() + 20
+    while any(thread.name.startswith("token-batch") for thread in threading.enumerate()):
+        assert time.monotonic() < deadline  # a batch that was under way still reads the damaged shard
+        time.sleep(0.02)
     remote.filesystem.pipe_file(remote.file(bad.name), (Path(local.url) / bad.name).read_bytes())
     for step in range(stream.steps_per_epoch):  # mended, it goes on
         stream.batch(step)

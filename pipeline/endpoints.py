@@ -510,6 +510,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, EngineDied):
         return ApiError(503, str(error), code="engine_failed", retry_after=5)
     if isinstance(error, ValueError):
+        logger.warning("A request was refused with an error that nobody foresaw.", exc_info=error)
         return ApiError(400, str(error))
     logger.error("A request has failed.", exc_info=error)
     return ApiError(500, "The server has failed on this request; its log says why.", code="internal_error")

@@ -50,6 +50,7 @@ from model.optimizer import Optimizer, build_optimizer
 from model.sampling import SamplingSettings
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.training import (
+    ONE_HEAP,
     LossModule,
     StepMeasures,
     autocast,
@@ -138,6 +139,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
             storage_path=output.url,
             failure_config=FailureConfig(max_failures=config.train.max_restarts),
             callbacks=[FailureNotes(line)],  # type: ignore[list-item]
+            worker_runtime_env=None if use_gpu else {"env_vars": ONE_HEAP},
         ),
     )
     try:

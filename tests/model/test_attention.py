@@ -73,6 +73,7 @@ def test_a_compiled_model_uses_it_and_learns_the_same(
         loss.backward()
     torch.testing.assert_close(losses[0], losses[1], rtol=0.01 * tolerance, atol=0)
     for (name, ours), theirs in zip(compiled.named_parameters(), plain.parameters(), strict=True):
-        assert ours.grad is not None and theirs.grad is not None
+        assert ours.grad is not None
+        assert theirs.grad is not None
         assert (ours.grad - theirs.grad).norm() <= tolerance * theirs.grad.norm(), name
     assert len(calls) == expected_calls

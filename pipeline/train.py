@@ -134,7 +134,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
             resources_per_worker=worker_resources(config, use_gpu),
             elastic_resize_monitor_interval_s=5,
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]
             name="ray",
             storage_path=output.url,
             failure_config=FailureConfig(max_failures=config.train.max_restarts),

@@ -20,11 +20,13 @@
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
+constexpr int MAX_ROWS = 14;  // rows a register tile holds: 14 rows x 2 vectors leave room in 32 registers
 #else
 constexpr int LANES = 8;
+constexpr int MAX_ROWS = 6;  // of 16 registers; NEON has 32, of half the size
 #endif
 constexpr int PANEL = 2 * LANES;
-constexpr int MAX_ROWS = 6;    // rows a register tile holds: 6 rows x 2 vectors leave room in 16 registers
+constexpr int FEW_ROWS = 6;    // rows x panels whose sums hide the latency of an addition
 constexpr int BLOCK_ROWS = 8;  // rows whose keys and values one thread stores after another
 
 typedef float Floats __attribute__((vector_size(LANES * 4)));
@@ -180,38 +182,32 @@ void multiply_tile(const T* panels, long panel_stride, int inputs, const float* 
             write_panel<T>(out + row * out_stride + panel * PANEL, sums[row][panel][0], sums[row][panel][1]);
 }
 
-template <int PANELS, class T>
+template <int ROWS, int PANELS, class T>
 void multiply_rows(int rows, const T* panels, long panel_stride, int inputs, const float* x, long x_stride, float* out,
                    long out_stride, long ahead) {
-    const auto tile = [&](auto size) {
-        multiply_tile<decltype(size)::value, PANELS>(panels, panel_stride, inputs, x, x_stride, out, out_stride,
-                                                     ahead);
-    };
-    switch (rows) {
-        case 1: return tile(std::integral_constant<int, 1>());
-        case 2: return tile(std::integral_constant<int, 2>());
-        case 3: return tile(std::integral_constant<int, 3>());
-        case 4: return tile(std::integral_constant<int, 4>());
-        case 5: return tile(std::integral_constant<int, 5>());
-        case 6: return tile(std::integral_constant<int, 6>());
-    }
+    if (rows == ROWS)
+        multiply_tile<ROWS, PANELS>(panels, panel_stride, inputs, x, x_stride, out, out_stride, ahead);
+    else if constexpr (ROWS > 1)
+        multiply_rows<ROWS - 1, PANELS>(rows, panels, panel_stride, inputs, x, x_stride, out, out_stride, ahead);
 }
 
-// The same for any number of rows and one or two panels: tiles of about equal height.
+// The same for any number of rows and panels: tiles of about equal height, wide where they are low.
 template <class T>
 void multiply(int rows, int num_panels, const T* panels, long panel_stride, int inputs, const float* x, long x_stride,
               float* out, long out_stride, long ahead) {
     const int tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
     for (int tile = 0, row = 0; tile < tiles; ++tile) {
         const int height = (rows - row + tiles - tile - 1) / (tiles - tile);
-        const float* from = x + row * x_stride;
-        float* to = out + row * out_stride;
-        if (num_panels == 2 && height <= MAX_ROWS / 2)
-            multiply_rows<2>(height, panels, panel_stride, inputs, from, x_stride, to, out_stride, ahead);
-        else
-            for (int panel = 0; panel < num_panels; ++panel)
-                multiply_rows<1>(height, panels + panel * panel_stride, panel_stride, inputs, from, x_stride,
-                                 to + panel * PANEL, out_stride, ahead);
+        int panel = 0;
+        const auto widen = [&](auto width) {
+            constexpr int PANELS = decltype(width)::value, MOST = PANELS > 1 ? FEW_ROWS / PANELS : MAX_ROWS;
+            for (; height <= MOST && panel + PANELS <= num_panels; panel += PANELS)
+                multiply_rows<MOST, PANELS>(height, panels + panel * panel_stride, panel_stride, inputs,
+                                            x + row * x_stride, x_stride, out + row * out_stride + panel * PANEL,
+                                            out_stride, ahead);
+        };
+        widen(std::integral_constant<int, 2>());
+        widen(std::integral_constant<int, 1>());
         row += height;
     }
 }
@@ -470,17 +466,11 @@ void attend(Crew& crew, const Model& model, int layer, const Batch& batch, const
         const int next = std::min(item + crew.threads(), batch.rows * model.kv_heads - 1);  // this thread's, likely
         const long keys_ahead = keys_of(next / model.kv_heads, next % model.kv_heads) - keys;
         const long values_ahead = values_of(next / model.kv_heads, next % model.kv_heads) - values;
-        for (int panel = 0; panel * PANEL < length; panel += 2) {
-            const int count = std::min(2, (length - panel * PANEL + PANEL - 1) / PANEL);
-            multiply(group, count, keys + (long)panel * dim * PANEL, (long)dim * PANEL, dim, queries, dim,
-                     scores + panel * PANEL, b.scores_stride, keys_ahead);
-        }
+        multiply(group, (length + PANEL - 1) / PANEL, keys, (long)dim * PANEL, dim, queries, dim, scores,
+                 b.scores_stride, keys_ahead);
         for (int h = 0; h < group; ++h) softmax(scores + h * b.scores_stride, length, scale);
-        for (int panel = 0; panel < dim_padded / PANEL; panel += 2) {
-            const int count = std::min(2, dim_padded / PANEL - panel);
-            multiply(group, count, values + (long)panel * model.context * PANEL, (long)model.context * PANEL, length,
-                     scores, b.scores_stride, mixed + panel * PANEL, dim_padded, values_ahead);
-        }
+        multiply(group, dim_padded / PANEL, values, (long)model.context * PANEL, length, scores, b.scores_stride, mixed,
+                 dim_padded, values_ahead);
         for (int h = 0; h < group; ++h)
             std::memcpy(b.mixed + row * b.mixed_stride + (head * group + h) * dim, mixed + h * dim_padded,
                         dim * sizeof(float));

@@ -7,7 +7,8 @@
 // Every product, attention's two included, is one routine: `multiply`. Its matrices lie in panels: [panel][input]
 // [PANEL outputs], so that memory is read in order and a vector register holds neighbouring outputs.
 //
-// GCC's and Clang's vector types compile to AVX2, AVX-512 or NEON, whatever the machine has.
+// GCC's and Clang's vector types compile to AVX2, AVX-512 or NEON, whatever the machine has. Where it has matrix units
+// (AMX), those of bfloat16 weights go through `multiply_tiles` instead.
 
 #include <algorithm>
 #include <atomic>
@@ -17,6 +18,13 @@
 #include <mutex>
 #include <thread>
 #include <type_traits>
+
+#if defined(__AMX_BF16__) && defined(__linux__)
+#define HAS_TILES
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
@@ -143,11 +151,16 @@ template <class T> void write_panel(float* at, Floats first, Floats second) {
     }
 }
 
+// The bits of the nearest bfloat16 in their upper half, ties to even.
+inline Ints round_bits(Floats values) {
+    const Ints bits = (Ints)values;
+    return bits + 0x7fff + (bits >> 16 & 1);
+}
+
 // LANES values in the precision of the cache.
 inline void write_cache(float* at, Floats values) { std::memcpy(at, &values, sizeof values); }
-inline void write_cache(uint16_t* at, Floats values) {  // rounds to the nearest, ties to even
-    const Ints bits = (Ints)values;
-    const Shorts upper = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, Shorts);
+inline void write_cache(uint16_t* at, Floats values) {
+    const Shorts upper = __builtin_convertvector(round_bits(values) >> 16, Shorts);
     std::memcpy(at, &upper, sizeof upper);
 }
 inline float load(const float* at) { return *at; }
@@ -199,18 +212,101 @@ void multiply(int rows, int num_panels, const T* panels, long panel_stride, int 
     for (int tile = 0, row = 0; tile < tiles; ++tile) {
         const int height = (rows - row + tiles - tile - 1) / (tiles - tile);
         int panel = 0;
-        const auto widen = [&](auto width) {
+        const auto go = [&](auto width) {
             constexpr int PANELS = decltype(width)::value, MOST = PANELS > 1 ? FEW_ROWS / PANELS : MAX_ROWS;
             for (; height <= MOST && panel + PANELS <= num_panels; panel += PANELS)
                 multiply_rows<MOST, PANELS>(height, panels + panel * panel_stride, panel_stride, inputs,
                                             x + row * x_stride, x_stride, out + row * out_stride + panel * PANEL,
                                             out_stride, ahead);
         };
-        widen(std::integral_constant<int, 2>());
-        widen(std::integral_constant<int, 1>());
+        go(std::integral_constant<int, 2>());
+        go(std::integral_constant<int, 1>());
         row += height;
     }
 }
+
+// -- The product by matrix units --------------------------------------------------------------------------------------
+
+constexpr int TILE_ROWS = 16;
+
+// A row as two lines whose sum it is, each of bfloat16: 16 bits of a float32's 24, where weights have 8.
+inline void split(const float* x, int n, int padded, uint16_t* upper, uint16_t* lower) {
+    for (int i = 0; i < padded; i += LANES) {
+        Floats values = {};
+        if (i + LANES <= n)
+            values = read<Floats>(x + i);
+        else
+            for (int lane = 0; i + lane < n; ++lane) values[lane] = x[i + lane];
+        write_cache(upper + i, values);
+        write_cache(lower + i, values - (Floats)(round_bits(values) & (int32_t)0xffff0000));
+    }
+}
+
+#if defined(HAS_TILES)
+struct alignas(64) TileShapes {  // as the processor reads them
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// Tiles 0 and 1 are the sums of one panel for the first 8 rows, 2 and 3 for the others; 4 and 5 the weights; 6 and 7
+// the rows, two lines for each.
+static void shape_tiles(int rows) {
+    TileShapes shapes;
+    const int first = std::min(rows, TILE_ROWS / 2), others = std::max(rows - first, 1);
+    const int lines[] = {2 * first, 2 * first, 2 * others, 2 * others, TILE_ROWS, TILE_ROWS, 2 * first, 2 * others};
+    for (int tile = 0; tile < 8; ++tile) {
+        shapes.row_bytes[tile] = 64;
+        shapes.rows[tile] = lines[tile];
+    }
+    _tile_loadconfig(&shapes);
+}
+
+// out[line][output] for the lines of up to 16 split rows and one panel of whole tiles.
+template <bool BOTH>
+static void multiply_tiles(const uint16_t* panel, int inputs, const uint16_t* lines, long stride, float* out) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int input = 0; input < inputs; input += PANEL) {
+        const uint16_t* at = panel + (long)input * PANEL;
+        _tile_loadd(4, at, 2 * PANEL);
+        _tile_loadd(6, lines + input, 2 * stride);
+        _tile_dpbf16ps(0, 6, 4);
+        _tile_loadd(5, at + TILE_ROWS * PANEL, 2 * PANEL);
+        _tile_dpbf16ps(1, 6, 5);
+        if (BOTH) {
+            _tile_loadd(7, lines + TILE_ROWS * stride + input, 2 * stride);
+            _tile_dpbf16ps(2, 7, 4);
+            _tile_dpbf16ps(3, 7, 5);
+        }
+#pragma GCC unroll 32
+        for (int i = 0; i < PANEL * PANEL; i += PANEL) __builtin_prefetch(at + 4 * PANEL * PANEL + i);
+    }
+    _tile_stored(0, out, 4 * PANEL);
+    _tile_stored(1, out + LANES, 4 * PANEL);
+    if (BOTH) {
+        _tile_stored(2, out + TILE_ROWS * PANEL, 4 * PANEL);
+        _tile_stored(3, out + TILE_ROWS * PANEL + LANES, 4 * PANEL);
+    }
+}
+
+// sums[row][output] for up to 16 split rows and one panel.
+static void multiply_split(int rows, const uint16_t* panel, int inputs, const uint16_t* lines, long stride, float* sums,
+                           long sums_stride) {
+    alignas(64) float parts[2 * TILE_ROWS][PANEL];
+    if (rows > TILE_ROWS / 2)
+        multiply_tiles<true>(panel, inputs, lines, stride, parts[0]);
+    else
+        multiply_tiles<false>(panel, inputs, lines, stride, parts[0]);
+    for (int row = 0; row < rows; ++row)
+        for (int i = 0; i < PANEL; ++i) sums[row * sums_stride + i] = parts[2 * row][i] + parts[2 * row + 1][i];
+}
+#else
+static void shape_tiles(int) {}
+static void multiply_split(int, const uint16_t*, int, const uint16_t*, long, float*, long) {}
+#endif
 
 // -- Arithmetic on one row --------------------------------------------------------------------------------------------
 
@@ -307,10 +403,10 @@ void rotate(float* x, int n, const float* cosines, const float* sines) {
 extern "C" {
 
 struct Linear {
-    const void* panels;  // [outputs / PANEL][inputs][PANEL]; outputs rounded up to whole panels
+    const void* panels;  // [outputs / PANEL][inputs][PANEL], or in tiles [outputs / PANEL][inputs / 32][2][16][16][2]
     const float* scale;  // per output, for int8
     const float* bias;   // per output, or null
-    int32_t inputs, outputs;
+    int32_t inputs, stored_inputs, outputs;  // outputs, and for tiles the stored inputs, in whole panels
 };
 
 struct Norm {
@@ -323,7 +419,8 @@ struct Layer {
 };
 
 struct Model {
-    int32_t modern, num_layers, width, heads, kv_heads, head_dim, mlp_width, context, slots, weight_type, cache_type;
+    int32_t tiled, modern, num_layers, width, heads, kv_heads, head_dim, mlp_width, context, slots;
+    int32_t weight_type, cache_type;
     float epsilon;
     const void *embedding, *position_embedding;  // bfloat16 or float32, as the cache
     const float *cosines, *sines;                // [context][head_dim]
@@ -341,13 +438,24 @@ struct Batch {
 };
 
 int32_t panel_width() { return PANEL; }
+
+// Whether there are matrix units and the system lets this process use them.
+int32_t has_tiles() {
+#if defined(HAS_TILES)
+    constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // of Linux's arch_prctl
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return 0;
+#endif
+}
 }
 
 constexpr long round_up(long n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
 struct Buffers {  // one line per row; scores: per thread
     float *x, *normed, *qkv, *mixed, *hidden, *scores;
-    long width_stride, qkv_stride, mixed_stride, hidden_stride, scores_stride, scores_size;
+    uint16_t* split;  // two lines per row
+    long width_stride, qkv_stride, mixed_stride, hidden_stride, scores_stride, scores_size, split_stride;
 };
 
 static long lay_out(const Model& model, int rows, int threads, float* base, Buffers* buffers) {
@@ -371,6 +479,8 @@ static long lay_out(const Model& model, int rows, int threads, float* base, Buff
     b.mixed = take(rows * b.mixed_stride);
     b.hidden = take(rows * b.hidden_stride);
     b.scores = take(threads * b.scores_size);
+    b.split_stride = round_up(std::max({model.width, model.heads * model.head_dim, model.mlp_width}));
+    b.split = (uint16_t*)take(rows * b.split_stride);
     if (buffers) *buffers = b;
     return used;
 }
@@ -381,20 +491,35 @@ extern "C" int64_t workspace_floats(const Model* model, int32_t rows, int32_t th
 
 // out = (x W) * scale + bias, or added to out.
 template <class T>
-void apply(Crew& crew, const Linear& linear, int rows, const float* x, long x_stride, float* out, long out_stride, bool add) {
+void apply(Crew& crew, const Model& model, const Buffers& b, const Linear& linear, int rows, const float* x,
+           long x_stride, float* out, long out_stride, bool add) {
     const int panels = linear.outputs / PANEL;
-    const long panel_stride = (long)linear.inputs * PANEL;
+    const long panel_stride = (long)linear.stored_inputs * PANEL;
     const long ahead = 2 * crew.threads() * panel_stride;  // the item that this thread is likely to take next
+    const bool tiled = std::is_same_v<T, uint16_t> && model.tiled;
+    const int most_rows = tiled ? TILE_ROWS : 3 * MAX_ROWS;
+    if (tiled)
+        crew.share(rows, [&](int row, int) {
+            uint16_t* const upper = b.split + 2 * row * b.split_stride;
+            split(x + row * x_stride, linear.inputs, linear.stored_inputs, upper, upper + b.split_stride);
+        });
     crew.share((panels + 1) / 2, [&](int item, int) {
         const int panel = 2 * item, count = std::min(2, panels - panel);
         const int first = panel * PANEL, last = first + count * PANEL;
         const T* weights = (const T*)linear.panels + panel * panel_stride;
         // A few rows at a time, so that sums are finished while they are in the cache.
-        for (int row = 0; row < rows; row += 3 * MAX_ROWS) {
+        for (int row = 0, shaped = 0; row < rows; row += most_rows) {
             float sums[3 * MAX_ROWS][2 * PANEL];
-            const int height = std::min(3 * MAX_ROWS, rows - row);
-            multiply(height, count, weights, panel_stride, linear.inputs, x + row * x_stride, x_stride, sums[0],
-                     2 * PANEL, ahead);
+            const int height = std::min(most_rows, rows - row);
+            if (tiled) {
+                if (shaped != height) shape_tiles(shaped = height);
+                for (int i = 0; i < count; ++i)
+                    multiply_split(height, (const uint16_t*)weights + i * panel_stride, linear.stored_inputs,
+                                   b.split + 2 * row * b.split_stride, b.split_stride, sums[0] + i * PANEL, 2 * PANEL);
+            } else {
+                multiply(height, count, weights, panel_stride, linear.inputs, x + row * x_stride, x_stride, sums[0],
+                         2 * PANEL, ahead);
+            }
             for (int r = 0; r < height; ++r) {
                 float* to = out + (row + r) * out_stride;
                 for (int output = first; output < last; output += LANES) {
@@ -518,19 +643,20 @@ template <class W, class C> void run(Crew& crew, const Model& model, const Batch
     for (int number = 0; number < model.num_layers; ++number) {
         const Layer& layer = model.layers[number];
         normalise_rows(crew, model, layer.attention_norm, rows, b);
-        apply<W>(crew, layer.qkv, rows, b.normed, b.width_stride, b.qkv, b.qkv_stride, false);
+        apply<W>(crew, model, b, layer.qkv, rows, b.normed, b.width_stride, b.qkv, b.qkv_stride, false);
         attend<C>(crew, model, number, batch, b);
-        apply<W>(crew, layer.attention_output, rows, b.mixed, b.mixed_stride, b.x, b.width_stride, true);
+        apply<W>(crew, model, b, layer.attention_output, rows, b.mixed, b.mixed_stride, b.x, b.width_stride, true);
         normalise_rows(crew, model, layer.mlp_norm, rows, b);
-        apply<W>(crew, layer.up, rows, b.normed, b.width_stride, b.hidden, b.hidden_stride, false);
+        apply<W>(crew, model, b, layer.up, rows, b.normed, b.width_stride, b.hidden, b.hidden_stride, false);
         activate(crew, model, rows, b);
-        apply<W>(crew, layer.mlp_output, rows, b.hidden, b.hidden_stride, b.x, b.width_stride, true);
+        apply<W>(crew, model, b, layer.mlp_output, rows, b.hidden, b.hidden_stride, b.x, b.width_stride, true);
     }
     crew.share(batch.num_logits, [&](int i, int) {
         normalise(b.x + batch.logit_rows[i] * b.width_stride, width, model.norm.weight, model.norm.bias, model.epsilon,
                   b.normed + i * b.width_stride);
     });
-    apply<W>(crew, model.head, batch.num_logits, b.normed, b.width_stride, batch.logits, model.head.outputs, false);
+    apply<W>(crew, model, b, model.head, batch.num_logits, b.normed, b.width_stride, batch.logits, model.head.outputs,
+             false);
 }
 
 extern "C" int32_t forward(const Model* model, const Batch* batch) {

@@ -89,6 +89,7 @@ class _Linear(ctypes.Structure):
         ("scale", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("inputs", ctypes.c_int32),
+        ("stored_inputs", ctypes.c_int32),
         ("outputs", ctypes.c_int32),
     ]
 
@@ -109,6 +110,7 @@ class _Model(ctypes.Structure):
         *(
             (name, ctypes.c_int32)
             for name in (
+                "tiled",
                 "modern",
                 "num_layers",
                 "width",
@@ -180,6 +182,7 @@ class KernelRunner:
         self.vocab_size = model.vocab_size
         self._kernel = kernel
         self._panel = int(kernel.panel_width())
+        self._is_tiled = weights == "bfloat16" and bool(kernel.has_tiles())
         self._memory = HugePages()
         self._tensors: list[Tensor] = []  # whose memory the structs point to
         self._weight_bytes = 0
@@ -191,6 +194,7 @@ class KernelRunner:
         layers = (_Layer * config.num_layers)(*map(self._layer, model.blocks))
         position_embedding = model.position_embedding
         self._model = _Model(
+            tiled=self._is_tiled,
             modern=config.is_modern,
             num_layers=config.num_layers,
             width=config.width,
@@ -278,9 +282,14 @@ class KernelRunner:
             weight, scale = quantize(linear.weight.detach())
         else:
             weight = linear.weight.detach().to(torch.float32 if self.weights == "float32" else torch.bfloat16)
-        padded = weight.new_zeros(outputs, linear.in_features)
-        padded[: linear.out_features] = weight
-        packed = padded.view(-1, self._panel, linear.in_features).transpose(1, 2)
+        inputs = -(-linear.in_features // self._panel) * self._panel if self._is_tiled else linear.in_features
+        padded = weight.new_zeros(outputs, inputs)
+        padded[: linear.out_features, : linear.in_features] = weight
+        if self._is_tiled:
+            # A tile of matrix units: 16 pairs of inputs by 16 outputs.
+            packed = padded.view(-1, 2, 16, inputs // 32, 16, 2).permute(0, 3, 1, 4, 2, 5)
+        else:
+            packed = padded.view(-1, self._panel, inputs).transpose(1, 2)
         return _Linear(
             self._keep(packed, packed.dtype),
             None if scale is None else self._keep(nn.functional.pad(scale, (0, outputs - len(scale)))),
@@ -288,6 +297,7 @@ class KernelRunner:
             if linear.bias is None
             else self._keep(nn.functional.pad(linear.bias, (0, outputs - len(linear.bias)))),
             linear.in_features,
+            inputs,
             outputs,
         )
 

@@ -84,6 +84,19 @@ def test_the_kernel_gives_a_token_the_same_bits_however_it_is_run(shape: str, we
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matrix_units_add_up_what_the_other_units_do(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = load_kernel()
+    if kernel is None or not kernel.has_tiles():
+        pytest.skip("needs a processor with matrix units of bfloat16, and a C++ compiler")
+    model, work = random_model(shape), [Work(1, 0, random_tokens(), 40)]
+    by_tiles = kernel_runner(model, "bfloat16").run(work)
+    monkeypatch.setattr(kernel, "has_tiles", lambda: 0)
+    without = kernel_runner(model, "bfloat16").run(work)
+    # The upper parts of the activations alone would be 0.005 off.
+    assert (by_tiles - without).abs().mean() < 0.001
+
+
 def test_a_copied_slot_goes_on_as_its_source() -> None:
     tokens = random_tokens()
     for runner in (kernel_runner(random_model("modern odd"), "bfloat16"), torch_runner("modern odd")):

@@ -224,7 +224,7 @@ def keep_freed_memory() -> None:
 
     Every step allocates the same gigabytes anew: asked from the system each time, every page of them is cleared
     again, which cost a 53M model 6 % of its step. All threads take it from one heap, because the others give back what
-    is free at their end whatever one says: another 4 %, and 0.4 of 2.6 GB. In a process that has more heaps already,
+    is free at their end whatever one says: another 4 %, and 0.5 of 3.1 GB. In a process that has more heaps already,
     as Ray's workers have, that comes too late; `ONE_HEAP` is for those. Only glibc has these switches; elsewhere
     nothing changes.
     """

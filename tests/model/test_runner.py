@@ -126,6 +126,21 @@ def test_torch_runs_slots_of_different_lengths_as_one_batch_as_it_does_on_a_gpu(
     torch.testing.assert_close(again[0], expected[24], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_cuda_graph_gives_what_its_launches_one_by_one_give(shape: str) -> None:
+    tokens, found = random_tokens(), []
+    for use_graph in (True, False):
+        runner = TorchRunner(random_model(shape).cuda(), 3, "float32", max_draft_tokens=4, use_graph=use_graph)
+        prompt = runner.run([Work(0, 0, tokens[:20], 1), Work(2, 0, tokens[:30], 1)])
+        step = runner.run([Work(2, 30, tokens[30:35], 5), Work(0, 20, tokens[20:21], 1)])
+        found.append(torch.cat((prompt, step)).cpu())
+    expected = expected_logits(random_model(shape), tokens)
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+    rows = [19, 29, *range(30, 35), 20]
+    torch.testing.assert_close(found[0], expected[rows], atol=1e-2, rtol=1e-2)
+
+
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 def test_torch_runs_lighter_weights_and_leaves_the_model_as_it_was(weights: str) -> None:
     model, tokens = random_model("modern odd"), random_tokens()

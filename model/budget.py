@@ -35,12 +35,14 @@ def estimate_memory(
     activation_bytes: int = 2,
     recompute: bool = False,
     shards: int = 1,
+    shares: int = 1,
     device: str = "cuda",
 ) -> Memory:
     """Peak of one training step: float32 weights, gradients and moments; activations in `activation_bytes` each.
 
     With `recompute` a block keeps its input, and only the one that is on its way back has the rest. `shards` is the
-    number of ranks among which FSDP2 divides weights, gradients and moments.
+    number of ranks among which FSDP2 divides weights, gradients and moments; `shares` that of the threads which learn
+    from a micro-batch together on a CPU (`SharedLoss`), each with gradients, copies and logits of its own.
     """
     parameters = count_parameters(model, vocab_size)
     matrices = model.num_layers * block_parameters(model)[0]
@@ -53,14 +55,14 @@ def estimate_memory(
     if recompute:
         kept = model.num_layers * model.width + activations_per_token(model)
     limit = CHUNK_LOGITS.get(device, DEFAULT_CHUNK_LOGITS)
-    chunk = min(tokens, max(limit // vocab_size, 128)) * vocab_size
+    chunk = min(tokens // shares, max(limit // vocab_size, 128)) * vocab_size
     return Memory(
-        weights=4 * parameters // shards + copies,
-        gradients=4 * parameters // shards,
+        weights=4 * parameters // shards + shares * copies,
+        gradients=4 * shares * parameters // shards,
         optimizer=4 * moments // shards,
         activations=tokens * kept * activation_bytes,
         # One chunk's logits, their float32 copy and their gradient, and the head's gradient as it adds up.
-        logits=chunk * (4 + 2 * activation_bytes) + 4 * head,
+        logits=shares * (chunk * (4 + 2 * activation_bytes) + 4 * head),
     )
 
 

@@ -61,6 +61,11 @@ class LossModule(nn.Module):
         return self.model.loss(tokens, targets, document_ids)
 
 
+def count_shares(threads: int, sequences: int) -> int:
+    """Into how many parts `SharedLoss` divides a micro-batch."""
+    return min(threads, sequences, MAX_SHARES)
+
+
 class SharedLoss(LossModule):
     """The loss on a CPU whose cores share out the sequences instead of every matrix product.
 
@@ -77,7 +82,7 @@ class SharedLoss(LossModule):
 
     def add_gradients(self, batch: MicroBatch, scale: float, precision: torch.dtype) -> Tensor:
         """Add the gradients of `scale` times the nats of a micro-batch to the weights'; returns the nats."""
-        shares = min(self.threads, len(batch.tokens), MAX_SHARES)
+        shares = count_shares(self.threads, len(batch.tokens))
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
 
         def learn(tokens: Tensor, targets: Tensor, document_ids: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:

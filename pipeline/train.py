@@ -56,6 +56,7 @@ from model.training import (
     autocast,
     bits_per_byte,
     choose_precision,
+    count_shares,
     parallelize,
     train_step,
 )
@@ -680,13 +681,17 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def explain_out_of_memory(job: Job, error: RuntimeError) -> str:
     config, options = job.config, job.config.train
+    device = ray.train.torch.get_device().type
+    alone = device == "cpu" and ray.train.get_context().get_world_size() == 1
     memory = estimate_memory(
         config.model,
         config.optimizer,
         job.vocab_size,
         micro_batch_sequences=options.micro_batch_sequences,
-        activation_bytes=4 if options.precision == "float32" else 2,
+        activation_bytes=choose_precision(options.precision, device).itemsize,
         recompute=options.recompute_activations,
+        shares=count_shares(torch.get_num_threads(), options.micro_batch_sequences) if alone else 1,
+        device=device,
     )
     return (
         f"Out of memory: {str(error).strip().splitlines()[0][:200].rstrip('.')}. The estimate of `jobs.plan` is"

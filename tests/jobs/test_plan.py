@@ -84,6 +84,16 @@ def test_memory_grows_with_the_micro_batch_and_falls_with_sharding() -> None:
     assert sharded.total < small.total < large.total
 
 
+def test_threads_that_share_a_batch_hold_gradients_each() -> None:
+    config, optimizer = ModelConfig(), OptimizerConfig()
+    alone, two = (
+        estimate_memory(config, optimizer, 8192, micro_batch_sequences=4, shares=shares, device="cpu")
+        for shares in (1, 2)
+    )
+    assert two.gradients == 2 * alone.gradients
+    assert two.activations == alone.activations
+
+
 def test_muon_costs_what_its_products_do() -> None:
     config = ModelConfig(family="classic", num_layers=1, width=8, num_heads=2, mlp_width=32, context_length=4)
     attention = 4 * 5 * (4 * 8 * 8 * 8 + 2 * 8**3)

@@ -130,6 +130,14 @@ def test_infinite_loss_stops_at_once_and_names_the_batch(ray_session: None, tmp_
     assert [run.info.status for run in losses] == ["FAILED"]
 
 
+def test_a_model_that_does_not_fit_names_the_settings_to_change(ray_session: None, tmp_path: Path) -> None:
+    config = tiny_config(str(tmp_path), f"model.mlp_width={2**36}")
+    with pytest.raises(ValueError, match=r"Out of memory: .* estimate of `jobs.plan` is \d+") as raised:
+        start_training(str(tmp_path), config=config)
+    assert "lower that first" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
 def check(config: Config, inputs: dict[str, Artifact]) -> None:
     train.check_inputs(config, inputs)
 

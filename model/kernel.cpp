@@ -8,7 +8,7 @@
 // [PANEL outputs], so that memory is read in order and a vector register holds neighbouring outputs.
 //
 // GCC's and Clang's vector types compile to AVX2, AVX-512 or NEON, whatever the machine has. Where it has matrix units
-// (AMX), those of bfloat16 weights go through `multiply_tiles` instead.
+// (AMX), bfloat16 weights go through `multiply_split` instead, which takes an activation as two bfloat16 numbers.
 
 #include <algorithm>
 #include <atomic>

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from model.attention import HAS_BFLOAT16_UNITS
 from model.gpt import GPT, Block, chunked_cross_entropy, cross_entropy_gradient
 from model.optimizer import Optimizer
 
@@ -248,9 +249,7 @@ def choose_precision(name: str, device: torch.device | str) -> torch.dtype:
     if torch.device(device).type == "cuda":
         # Not before Ampere: older GPUs emulate it.
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
-    # Without these units a CPU emulates it, ten times slower than float32.
-    has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if has_units else torch.float32
+    return torch.bfloat16 if HAS_BFLOAT16_UNITS else torch.float32
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:

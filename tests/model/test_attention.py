@@ -44,11 +44,21 @@ def test_it_is_for_compiled_training_alone() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kv_heads", "expected_calls"), [(0, 2), (1, 0)])
-@pytest.mark.parametrize(("precision", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-def test_a_compiled_model_uses_it_and_learns_the_same(
-    kv_heads: int, expected_calls: int, precision: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("precision", "has_units", "kv_heads", "expected_calls"),
+    [
+        (torch.float32, False, 0, 2),
+        (torch.float32, False, 1, 0),
+        (torch.bfloat16, True, 0, 2),
+        (torch.bfloat16, True, 1, 0),
+        (torch.bfloat16, False, 0, 0),
+    ],
+)
+def test_a_compiled_model_uses_it_where_it_pays_and_learns_the_same(
+    precision: torch.dtype, has_units: bool, kv_heads: int, expected_calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tolerance = 1e-4 if precision == torch.float32 else 0.05
+    monkeypatch.setattr(attention, "HAS_BFLOAT16_UNITS", has_units)
     config = ModelConfig(num_layers=2, width=32, num_heads=2, num_kv_heads=kv_heads, context_length=256, mlp_width=64)
     torch.manual_seed(0)
     plain = GPT(config, 70)

@@ -93,7 +93,7 @@ def test_matrix_units_add_up_what_the_other_units_do(shape: str, monkeypatch: py
     by_tiles = kernel_runner(model, "bfloat16").run(work)
     monkeypatch.setattr(kernel, "has_tiles", lambda: 0)
     without = kernel_runner(model, "bfloat16").run(work)
-    # The upper parts of the activations alone would be 0.005 off.
+    # The upper parts of the activations alone would be 0.004 to 0.010 off.
     assert (by_tiles - without).abs().mean() < 0.001
 
 

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Of the block sizes 64 to 512, the fastest: on an EPYC (Zen 3), and on a Xeon whose matrix units make products cheap.
-FLOAT32_BLOCK = 128
-BFLOAT16_BLOCK = 512
-# Without these units a CPU emulates bfloat16, ten times slower than float32.
-HAS_BFLOAT16_UNITS = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+# Of the block sizes 64 to 512, the fastest: on EPYCs (Zen 3 and Zen 5), and on a Xeon whose matrix units make products
+# cheap.
+KEPT_BLOCK = 128
+RECOMPUTED_BLOCK = 512
+HAS_MATRIX_UNITS = torch.cpu._is_amx_tile_supported()
+# Without either a CPU emulates bfloat16, ten times slower than float32.
+HAS_BFLOAT16_UNITS = torch.cpu._is_avx512_bf16_supported() or HAS_MATRIX_UNITS
 MAX_KEPT_LENGTH = 1024  # beyond, the probabilities would be the largest of all that is kept for the backward pass
 
 
@@ -21,23 +23,31 @@ def pays(queries: Tensor, keys: Tensor) -> bool:
     """Whether this beats PyTorch's own: compiled, on a CPU that multiplies in the precision, and for float32 with
     several whole blocks to leave out.
     """
-    length = queries.shape[2]
-    in_whole_blocks = FLOAT32_BLOCK < length <= MAX_KEPT_LENGTH and length % FLOAT32_BLOCK == 0
-    suits = (
-        HAS_BFLOAT16_UNITS if queries.dtype == torch.bfloat16 else queries.dtype == torch.float32 and in_whole_blocks
-    )
+    suits = HAS_BFLOAT16_UNITS if queries.dtype == torch.bfloat16 else queries.dtype == torch.float32
     return (
         torch.compiler.is_compiling()
         and queries.device.type == "cpu"
         and queries.requires_grad
         and queries.shape == keys.shape
         and suits
+        and (queries.dtype == torch.bfloat16 or is_worth_keeping(queries))
     )
+
+
+def is_worth_keeping(queries: Tensor) -> bool:
+    """Whether `KeptAttention` suits these lengths, and nothing is faster for the precision.
+
+    PyTorch's forward pass in bfloat16 is the faster one with matrix units, and the slower one, three times over,
+    without: there it multiplies in float32.
+    """
+    length = queries.shape[2]
+    in_whole_blocks = KEPT_BLOCK < length <= MAX_KEPT_LENGTH and length % KEPT_BLOCK == 0
+    return in_whole_blocks and not (queries.dtype == torch.bfloat16 and HAS_MATRIX_UNITS)
 
 
 def causal_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Softmax of scaled scores times values, [B, H, T, D] each; a query sees its own position and those before."""
-    form = KeptAttention if queries.dtype == torch.float32 else RecomputedAttention
+    form = KeptAttention if is_worth_keeping(queries) else RecomputedAttention
     mixed: Tensor = form.apply(queries, keys, values)
     return mixed
 
@@ -50,11 +60,11 @@ class KeptAttention(torch.autograd.Function):
         queries, keys, values = (part.flatten(0, 1) for part in inputs)
         mixed, kept = [], []
         scale = queries.shape[-1] ** -0.5
-        for start in range(0, queries.shape[1], FLOAT32_BLOCK):
-            end = start + FLOAT32_BLOCK
-            scores = torch.bmm(queries[:, start:end], keys[:, :end].mT) * scale
+        for start in range(0, queries.shape[1], KEPT_BLOCK):
+            end = start + KEPT_BLOCK
+            scores = torch.bmm(queries[:, start:end], keys[:, :end].mT).float() * scale
             seen = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).tril(start)
-            probabilities = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1)
+            probabilities = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1).to(values.dtype)
             mixed.append(torch.bmm(probabilities, values[:, :end]))
             kept.append(probabilities)
         ctx.save_for_backward(queries, keys, values, *kept)
@@ -66,16 +76,18 @@ class KeptAttention(torch.autograd.Function):
         gradient = upstream[0].flatten(0, 1)
         queries, keys, values, *kept = ctx.saved_tensors
         scale = queries.shape[-1] ** -0.5
-        by_queries, by_keys, by_values = [], torch.zeros_like(keys), torch.zeros_like(values)
+        by_queries = []
+        by_keys, by_values = (torch.zeros_like(part, dtype=torch.float32) for part in (keys, values))
         for number, probabilities in enumerate(kept):
-            start, end = number * FLOAT32_BLOCK, number * FLOAT32_BLOCK + FLOAT32_BLOCK
-            by_values[:, :end].baddbmm_(probabilities.mT, gradient[:, start:end])
-            by_probabilities = torch.bmm(gradient[:, start:end], values[:, :end].mT)
+            start, end = number * KEPT_BLOCK, number * KEPT_BLOCK + KEPT_BLOCK
+            by_values[:, :end] += torch.bmm(probabilities.mT, gradient[:, start:end])
+            by_probabilities = torch.bmm(gradient[:, start:end], values[:, :end].mT).float()
             means = (by_probabilities * probabilities).sum(dim=-1, keepdim=True)
-            by_scores = (by_probabilities - means) * probabilities * scale
+            by_scores = ((by_probabilities - means) * probabilities * scale).to(keys.dtype)
             by_queries.append(torch.bmm(by_scores, keys[:, :end]))
-            by_keys[:, :end].baddbmm_(by_scores.mT, queries[:, start:end])
-        return tuple(part.view(shape) for part in (torch.cat(by_queries, dim=1), by_keys, by_values))
+            by_keys[:, :end] += torch.bmm(by_scores.mT, queries[:, start:end])
+        gradients = torch.cat(by_queries, dim=1), by_keys.to(keys.dtype), by_values.to(values.dtype)
+        return tuple(part.view(shape) for part in gradients)
 
 
 class RecomputedAttention(torch.autograd.Function):
@@ -104,8 +116,8 @@ class RecomputedAttention(torch.autograd.Function):
         normalisers = normalisers.reshape(-1, 1, length)
         means = (gradient.float() * mixed.float()).sum(dim=-1)[:, None]
         by_queries, by_keys, by_values = torch.zeros_like(queries, dtype=torch.float32), [], []
-        for start in range(0, length, BFLOAT16_BLOCK):
-            block = slice(start, start + BFLOAT16_BLOCK)
+        for start in range(0, length, RECOMPUTED_BLOCK):
+            block = slice(start, start + RECOMPUTED_BLOCK)
             scores = torch.bmm(keys[:, block], queries[:, start:].mT).float()
             unseen = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).tril(-1)
             probabilities = (scores * scale - normalisers[..., start:]).exp().masked_fill(unseen, 0)

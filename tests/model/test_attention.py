@@ -23,8 +23,12 @@ def test_it_is_torch_own_attention() -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [40, 700])
-def test_in_bfloat16_it_is_off_by_the_rounding_alone(length: int) -> None:
+@pytest.mark.parametrize("has_matrix_units", [False, True])
+@pytest.mark.parametrize("length", [40, 640, 700])
+def test_in_bfloat16_it_is_off_by_the_rounding_alone(
+    length: int, has_matrix_units: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "HAS_MATRIX_UNITS", has_matrix_units)
     torch.manual_seed(0)
     exact = [torch.randn(2, length, 3, 16).transpose(1, 2).requires_grad_() for _ in range(3)]
     upstream = torch.randn(2, 3, length, 16)
@@ -43,7 +47,20 @@ def test_it_is_for_compiled_training_alone() -> None:
     assert not attention.pays(queries, queries)
 
 
+def test_probabilities_are_kept_where_that_is_the_faster_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def form(length: int, dtype: torch.dtype, has_matrix_units: bool) -> bool:
+        monkeypatch.setattr(attention, "HAS_MATRIX_UNITS", has_matrix_units)
+        return attention.is_worth_keeping(torch.empty(1, 1, length, 8, dtype=dtype))
+
+    assert form(512, torch.float32, True)
+    assert form(512, torch.bfloat16, False)
+    assert not form(512, torch.bfloat16, True)  # PyTorch's own forward pass is fast there
+    assert not form(500, torch.bfloat16, False)  # not in whole blocks
+    assert not form(4096, torch.bfloat16, False)  # too much to keep
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("has_matrix_units", [False, True])
 @pytest.mark.parametrize(
     ("precision", "has_units", "kv_heads", "expected_calls"),
     [
@@ -55,10 +72,17 @@ def test_it_is_for_compiled_training_alone() -> None:
     ],
 )
 def test_a_compiled_model_uses_it_where_it_pays_and_learns_the_same(
-    precision: torch.dtype, has_units: bool, kv_heads: int, expected_calls: int, monkeypatch: pytest.MonkeyPatch
+    precision: torch.dtype,
+    has_units: bool,
+    kv_heads: int,
+    expected_calls: int,
+    has_matrix_units: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    torch.compiler.reset()  # models of other tests leave code of their own behind, and there is a limit
     tolerance = 1e-4 if precision == torch.float32 else 0.05
     monkeypatch.setattr(attention, "HAS_BFLOAT16_UNITS", has_units)
+    monkeypatch.setattr(attention, "HAS_MATRIX_UNITS", has_matrix_units)
     config = ModelConfig(num_layers=2, width=32, num_heads=2, num_kv_heads=kv_heads, context_length=256, mlp_width=64)
     torch.manual_seed(0)
     plain = GPT(config, 70)

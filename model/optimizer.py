@@ -232,8 +232,10 @@ def _orthogonalise_shared(directions: Tensor) -> tuple[Tensor, "dist.Work | None
     if len(mine):
         part[: len(mine)] = orthogonalise_on(mine)
     gathered = part.new_empty((share * world_size, *part.shape[1:]))
+    # torch before 2.13 knows it by a name that is deprecated since.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     # While the parts travel, the next shape's are computed.
-    return gathered, dist.all_gather_single(gathered, part, async_op=True)
+    return gathered, all_gather(gathered, part, async_op=True)
 
 
 # Coefficients of five quintic iterations (Polar Express, Amsel et al. 2025, as printed in nanochat): the steepest

@@ -2,7 +2,7 @@
 
 module = parallelize(model, strategy="ddp", compile=True)       # before build_optimizer
 measures = train_step(module, optimizer, micro_batches, step=step, global_tokens=262_144)
-loss = measures.loss.item()         # this waits for the device: read it a step later
+loss, gradient_norm = measures.read()   # waits for that step: read it when the next one is under way
 """
 
 import ctypes
@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -42,13 +42,25 @@ class MicroBatch(Protocol):
     document_ids: Tensor | None
 
 
-@dataclass(frozen=True)
 class StepMeasures:
-    """What one step measured, still on its device: `.item()` waits for it."""
+    """What one step measured, on its way to the host."""
 
-    loss: Tensor  # mean nats per token of the global batch
-    gradient_norm: Tensor  # before clipping
-    skipped: bool = False  # the loss was not finite and the weights were left alone
+    def __init__(self, loss: Tensor, gradient_norm: Tensor, skipped: bool = False) -> None:
+        self.skipped = skipped  # the loss was not finite and the weights were left alone
+        self._values = torch.stack((loss, gradient_norm)).to("cpu", non_blocking=True)
+        self._arrival = torch.cuda.Event() if loss.is_cuda else None
+        if self._arrival is not None:
+            self._arrival.record()
+
+    def read(self) -> tuple[float, float]:
+        """The mean nats per token of the global batch, and the gradient's length before clipping.
+
+        Waits for this step alone: `.item()` would wait for every step that was queued after it too.
+        """
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        loss, gradient_norm = self._values.tolist()
+        return loss, gradient_norm
 
 
 class LossModule(nn.Module):
@@ -152,12 +164,15 @@ def parallelize(
         fully_shard(module, mesh=mesh, mp_policy=policy)
         return module
     if strategy == "ddp":
+        # The rotary table is computed alike everywhere. (The setting's older name is that of torch before 2.13.)
+        names = signature(DistributedDataParallel).parameters
+        unsent: Any = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
         return DistributedDataParallel(
             module,
             device_ids=[device] if device.type == "cuda" else None,
             bucket_cap_mb=BUCKET_MEGABYTES,
             gradient_as_bucket_view=True,  # gradients live in the buckets: one copy less of them
-            forward_sync_buffers=False,  # the rotary table is computed alike everywhere
+            **unsent,
         )
     return module
 

@@ -498,7 +498,7 @@ def train_on_one(job: Job) -> dict[str, Any]:
 
     # loop
     batches = stream.batches(progress.step, rank, world_size)
-    unread: tuple[int, StepMeasures] | None = None  # of the last step: reading it at once would make a GPU wait
+    unread: tuple[int, StepMeasures] | None = None  # of the last step: read while a GPU is busy with the next
     stopping = False
     try:
         if progress.step == 0:
@@ -597,7 +597,9 @@ def write_samples(config: Config, model: GPT, tokenizer: Tokenizer, precision: t
     """Complete each prompt, always with the same seed, so that evaluations compare."""
     settings = SamplingSettings(max_tokens=config.train.sample_tokens, temperature=0.8, top_k=50, seed=config.seed)
     model.eval()
-    with torch.no_grad(), autocast(next(model.parameters()).device, precision):
+    device = next(model.parameters()).device
+    # Each length of a text would be compiled anew, and thrown away after it.
+    with torch.no_grad(), autocast(device, precision), torch.compiler.set_stance("force_eager"):
         samples = {prompt: complete(model, tokenizer, prompt, settings) for prompt in config.train.sample_prompts}
     model.train()
     return samples
@@ -624,7 +626,7 @@ def read_measures(
     if unread is None:
         return
     step, measures = unread
-    loss, gradient_norm = measures.loss.item(), measures.gradient_norm.item()
+    loss, gradient_norm = measures.read()
     if measures.skipped:
         progress.skipped_steps.append(step)
     elif not (math.isfinite(loss) and math.isfinite(gradient_norm)):

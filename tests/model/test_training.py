@@ -16,7 +16,7 @@ from model import training
 from model.checkpoint import export_weights, import_weights
 from model.gpt import GPT, ModelConfig
 from model.optimizer import Optimizer, OptimizerConfig, build_optimizer
-from model.training import autocast, bits_per_byte, choose_precision, parallelize, train_step
+from model.training import StepMeasures, autocast, bits_per_byte, choose_precision, parallelize, train_step
 
 TINY = ModelConfig(num_layers=2, width=16, num_heads=2, context_length=8, mlp_width=32)
 VOCABULARY = 70
@@ -71,7 +71,7 @@ def train(
         measures = train_step(
             module, optimizer, split(global_batch(step), *sizes), step=step, global_tokens=GLOBAL_TOKENS
         )
-        losses.append(measures.loss.item())
+        losses.append(measures.read()[0])
     return model, losses
 
 
@@ -187,8 +187,18 @@ def test_a_bad_loss_can_be_skipped_with_the_weights_left_alone() -> None:
         parallelize(model), optimizer, [global_batch(0)], step=0, global_tokens=GLOBAL_TOKENS, skip_bad_loss=True
     )
     assert measures.skipped
-    assert not math.isfinite(measures.loss.item())
+    assert not math.isfinite(measures.read()[0])
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_reading_a_step_does_not_wait_for_the_next_one() -> None:
+    measures = StepMeasures(torch.tensor(1.5).cuda(), torch.tensor(0.5).cuda())
+    torch.cuda._sleep(2**34)  # clock cycles: seconds of work queued behind it
+    busy_until = torch.cuda.Event()
+    busy_until.record()
+    assert measures.read() == (1.5, 0.5)
+    assert not busy_until.query()
 
 
 def test_a_step_without_data_is_refused() -> None:
@@ -236,7 +246,7 @@ def learn_on_one_rank(rank: int, world_size: int, meeting: str) -> None:
                 if rank == 1:  # FSDP2's ranks must run equally many passes
                     micro_batches = [*micro_batches, Rows(share.tokens, torch.full_like(share.targets, -100))]
                 measures = train_step(module, optimizer, micro_batches, step=step, global_tokens=GLOBAL_TOKENS)
-                assert measures.loss.item() == pytest.approx(losses[step], rel=1e-4), (kind, strategy, step)
+                assert measures.read()[0] == pytest.approx(losses[step], rel=1e-4), (kind, strategy, step)
             for (name, ours), theirs in zip(export_weights(model).items(), export_weights(alone).values(), strict=True):
                 torch.testing.assert_close(
                     ours, theirs, rtol=1e-3, atol=1e-4, msg=lambda m, n=(kind, strategy, name): f"{n}: {m}"

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 import mlflow
@@ -10,8 +11,12 @@ import pytest
 import torch
 import transformers
 from matplotlib.image import imread
+from torch._dynamo.utils import counters
 
 from model.checkpoint import load_model
+from model.gpt import GPT
+from model.tokenizer import load_tokenizer
+from model.training import parallelize
 from pipeline import train
 from pipeline.artifacts import Artifact
 from pipeline.config import Config
@@ -182,6 +187,17 @@ def test_loss_plot_is_red_and_blue(tmp_path: Path) -> None:
     pixels = imread(tmp_path / "loss.png")[..., :3]
     assert ((pixels[..., 0] > 0.9) & (pixels[..., 1:].max(-1) < 0.4)).any()
     assert ((pixels[..., 2] > 0.9) & (pixels[..., :2].max(-1) < 0.2)).any()
+
+
+def test_samples_of_a_compiled_model_compile_nothing(storage: str) -> None:
+    config = tiny_config(storage)
+    tokenizer = load_tokenizer(Path(tiny_inputs(config)["tokenizer"].url))
+    model = GPT(config.model, tokenizer.vocab_size)
+    parallelize(model, compile=True)
+    compiled = Counter(counters["frames"])
+    samples = train.write_samples(config, model, tokenizer, torch.float32)
+    assert all(samples.values())
+    assert Counter(counters["frames"]) == compiled
 
 
 def test_settings_of_speed_do_not_change_the_fingerprint() -> None:

@@ -35,7 +35,7 @@ from ray.train.v2._internal.execution.context import get_train_context as get_in
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors.torch import load_file
 
-from model.budget import estimate_memory
+from model.budget import Memory, estimate_memory
 from model.checkpoint import (
     WEIGHTS,
     export_weights,
@@ -695,12 +695,25 @@ def explain_out_of_memory(job: Job, error: RuntimeError) -> str:
         shares=count_shares(torch.get_num_threads(), options.micro_batch_sequences) if alone else 1,
         device=device,
     )
+    advice = advise_out_of_memory(memory, options.micro_batch_sequences)
     return (
         f"Out of memory: {str(error).strip().splitlines()[0][:200].rstrip('.')}. The estimate of `jobs.plan` is"
-        f" {memory.total / 1e9:.2f} GB, of which {(memory.activations + memory.logits) / 1e9:.2f} GB grow with"
-        f" train.micro_batch_sequences, now {options.micro_batch_sequences}: lower that first, the result stays the"
-        " same; then set train.recompute_activations=true or train.precision=bfloat16, use more workers with"
-        " train.sharding=fsdp, or lower model.context_length."
+        f" {memory.total / 1e9:.2f} GB, of which {advice}"
+    )
+
+
+def advise_out_of_memory(memory: Memory, micro_batch_sequences: int) -> str:
+    """Name the settings that help, by what takes the memory: the batch, or the model whatever the batch."""
+    growing = memory.activations + memory.logits
+    if growing < memory.total / 4:
+        return (
+            f"{(memory.total - growing) / 1e9:.2f} GB are weights, gradients and moments, whatever the batch: use more"
+            " workers with train.sharding=fsdp, or lower model.num_layers, model.width or model.mlp_width."
+        )
+    return (
+        f"{growing / 1e9:.2f} GB grow with train.micro_batch_sequences, now {micro_batch_sequences}: lower that first,"
+        " the result stays the same; then set train.recompute_activations=true or train.precision=bfloat16, use more"
+        " workers with train.sharding=fsdp, or lower model.context_length."
     )
 
 

@@ -13,6 +13,7 @@ import transformers
 from matplotlib.image import imread
 from torch._dynamo.utils import counters
 
+from model.budget import Memory
 from model.checkpoint import load_model
 from model.gpt import GPT
 from model.tokenizer import load_tokenizer
@@ -139,8 +140,17 @@ def test_a_model_that_does_not_fit_names_the_settings_to_change(ray_session: Non
     config = tiny_config(str(tmp_path), f"model.mlp_width={2**36}")
     with pytest.raises(ValueError, match=r"Out of memory: .* estimate of `jobs.plan` is \d+") as raised:
         start_training(str(tmp_path), config=config)
-    assert "lower that first" in str(raised.value)
+    assert "train.sharding=fsdp, or lower model.num_layers" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_advice_after_an_out_of_memory_goes_by_what_takes_the_memory() -> None:
+    weights = {"weights": 4 * 10**9, "gradients": 4 * 10**9, "optimizer": 8 * 10**9}
+    words = train.advise_out_of_memory(Memory(**weights, activations=30 * 10**9, logits=2 * 10**9), 64)
+    assert words.startswith("32.00 GB grow with train.micro_batch_sequences, now 64: lower that first")
+    words = train.advise_out_of_memory(Memory(**weights, activations=10**9, logits=10**9), 1)
+    assert words.startswith("16.00 GB are weights, gradients and moments")
+    assert "micro_batch" not in words
 
 
 def check(config: Config, inputs: dict[str, Artifact]) -> None:

@@ -3,10 +3,11 @@
 .venv/bin/python tests/benchmarks/train_step.py                              # 53M class, context 512, batch 4
 .venv/bin/python tests/benchmarks/train_step.py --device cuda --context 1024 --batch 64
 .venv/bin/python tests/benchmarks/train_step.py --family classic --width 768 --heads 12 --vocabulary 50257 --tied
+.venv/bin/python tests/benchmarks/train_step.py --levers   # ours, with one thing after another left out
 
 Every candidate runs in a process of its own, so that peak memory is its own, and on a CPU they take turns: forward,
 loss, backward and a fused AdamW step on the same random tokens, eager and compiled.
-Peers come with `pip install -e ".[dev,benchmarks]"`.
+README.md beside this file says how the peers are installed.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,13 @@ import torch
 # A script run by its path sees only its own folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from model import attention, gpt, optimizer, training
 from model.checkpoint import export_config
 from model.gpt import GPT, ModelConfig, block_parameters, flops_per_token
 from model.optimizer import OptimizerConfig, build_optimizer
 from model.training import autocast, choose_precision, parallelize, train_step
 
+STEPS_OF_A_TURN = {"cpu": 1, "cuda": 10}  # queued one behind the other, as in training; then waited for
 PEERS = {"modern": ("transformers", "litgpt"), "classic": ("transformers",)}
 
 
@@ -140,24 +144,55 @@ STEPS: dict[str, Callable[[argparse.Namespace, bool], Callable[[], Any]]] = {
 }
 
 
+# What can be left out of our step, one at a time, to see what it gives: each makes its change before the step is built.
+LEVERS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "all": lambda options: None,
+    "no torch.compile": lambda options: vars(options).update(compiles=False),
+    "float32": lambda options: vars(options).update(precision="float32"),
+    "all logits at once": lambda options: gpt.CHUNK_LOGITS.update({torch.device(options.device).type: 2**62}),
+    "AdamW in many kernels": lambda options: setattr(
+        torch.optim,
+        "AdamW",
+        lambda *groups, adamw=torch.optim.AdamW, **named: adamw(*groups, **named | {"fused": False}),
+    ),
+    "garbage collector on": lambda options: setattr(gc, "disable", lambda: None),
+    "activations computed again": lambda options: vars(options).update(recompute=True),
+}
+CPU_LEVERS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "PyTorch's attention": lambda options: setattr(attention, "pays", lambda *_: False),
+    "each product divided among cores": lambda options: setattr(training, "MAX_SHARES", 1),
+    "freed memory given back": lambda options: setattr(training, "keep_freed_memory", lambda: None),
+}
+GPU_MUON_LEVERS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "orthogonalised in float32": lambda options: setattr(
+        optimizer, "_orthogonalisation_dtype", lambda device: torch.float32
+    ),
+}
+
+
+def levers_of(options: argparse.Namespace) -> dict[str, Callable[[argparse.Namespace], None]]:
+    if torch.device(options.device).type == "cpu":
+        return LEVERS | CPU_LEVERS
+    return LEVERS | (GPU_MUON_LEVERS if options.optimizer == "muon" else {})
+
+
 def matmul_step(options: argparse.Namespace) -> Callable[[], float]:
     """The step's own matrix products and nothing else, every shape, forward and both gradients; returns seconds."""
     config = model_config(options)
-    on_gpu = options.device.startswith("cuda")
     dtype = choose_precision(options.precision, options.device)
     rows = options.batch * options.context
+    in_a_row = STEPS_OF_A_TURN[torch.device(options.device).type]
 
     def time_product(left: torch.Tensor, right: torch.Tensor) -> float:
         durations = []
         torch.mm(left, right)
-        for _ in range(20 if on_gpu else 3):
-            if on_gpu:
-                torch.cuda.synchronize()
+        for _ in range(3):
+            wait_for(options.device)
             start = time.perf_counter()
-            torch.mm(left, right)
-            if on_gpu:
-                torch.cuda.synchronize()
-            durations.append(time.perf_counter() - start)
+            for _ in range(in_a_row):
+                torch.mm(left, right)
+            wait_for(options.device)
+            durations.append((time.perf_counter() - start) / in_a_row)
         return statistics.median(durations)
 
     def step() -> float:
@@ -187,18 +222,31 @@ def matrix_shapes(config: ModelConfig, vocabulary: int) -> list[tuple[int, int, 
     ]
 
 
+def wait_for(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
 def run_candidate(options: argparse.Namespace) -> None:
-    """Take a step for every line that comes in, and answer with its seconds; at the end, with the memory it took."""
-    on_gpu = options.device.startswith("cuda")
-    wait = torch.cuda.synchronize if on_gpu else lambda: None
-    name, _, mode = options.candidate.partition("/")
-    step = matmul_step(options) if name == "matmul" else STEPS[name](options, mode == "compiled")
+    """Take a turn for every line that comes in, and answer with a step's seconds; at the end, with the gigabytes."""
+    kind = torch.device(options.device).type
+    name, mode, lever = [*options.candidate.split("/"), "", ""][:3]
+    options.compiles = mode == "compiled"
+    if lever:
+        levers_of(options)[lever](options)
+    step = matmul_step(options) if name == "matmul" else STEPS[name](options, options.compiles)
     for _ in sys.stdin:
-        start = time.perf_counter()
-        seconds = step()
-        wait()
-        print(json.dumps(seconds if name == "matmul" else time.perf_counter() - start), flush=True)
-    memory = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if name == "matmul":
+            seconds = step()
+        else:
+            start = time.perf_counter()
+            for _ in range(STEPS_OF_A_TURN[kind]):
+                step()
+            wait_for(options.device)
+            seconds = (time.perf_counter() - start) / STEPS_OF_A_TURN[kind]
+        print(json.dumps(seconds), flush=True)
+    resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = torch.cuda.max_memory_allocated() if kind == "cuda" else resident
     print(json.dumps(memory / 1e9), flush=True)
 
 
@@ -239,6 +287,31 @@ class Candidate:
         return json.loads(line)
 
 
+@dataclass(frozen=True)
+class Speed:
+    seconds: float  # a step's, the median
+    gigabytes: float
+    compile_seconds: float  # the first turn over the later ones
+
+
+def measure(options: argparse.Namespace, names: list[str]) -> dict[str, Speed]:
+    """Let all take turns on a CPU, whose speed changes from minute to minute; one after another on a GPU, whose memory
+    would be shared.
+    """
+    groups = [[name] for name in names] if torch.device(options.device).type == "cuda" else [names]
+    speeds = {}
+    for group in groups:
+        candidates = [Candidate(name) for name in group]
+        for _ in range(options.steps):
+            for candidate in candidates:
+                candidate.seconds.append(candidate.step())
+        for candidate in candidates:
+            memory, typical = candidate.finish(), statistics.median(candidate.seconds)
+            in_a_turn = STEPS_OF_A_TURN[torch.device(options.device).type]
+            speeds[candidate.name] = Speed(typical, memory, max(candidate.first_seconds - typical, 0.0) * in_a_turn)
+    return speeds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", default="modern", choices=("modern", "classic"))
@@ -250,55 +323,51 @@ def main() -> None:
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4, help="sequences")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps; their median counts")
+    parser.add_argument(
+        "--steps", type=int, default=3, help="timed turns, of one step on a CPU and ten on a GPU; the median counts"
+    )
     parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"), help="ours; the peers have AdamW")
     parser.add_argument("--recompute", action="store_true", help="ours computes activations again")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--modes", default="eager,compiled")
+    parser.add_argument("--levers", action="store_true", help="ours without one lever after another, in place of peers")
     parser.add_argument("--candidate", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.candidate:
         run_candidate(options)
         return
-
     config = model_config(options)
-    flops = flops_per_token(config, options.vocabulary)
-    matrices = config.num_layers * block_parameters(config)[0] + options.vocabulary * config.width
     precision = str(choose_precision(options.precision, options.device)).removeprefix("torch.")
     print(
         f"{options.family}, {config.num_layers} layers, width {config.width}, vocabulary {options.vocabulary:,},"
         f" batch {options.batch} x {options.context}, {precision} on {options.device},"
         f" {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
+    print(json.dumps(compare_levers(options) if options.levers else compare_peers(options)))
+
+
+def compare_peers(options: argparse.Namespace) -> dict[str, Any]:
+    config = model_config(options)
+    flops = flops_per_token(config, options.vocabulary)
+    matrices = config.num_layers * block_parameters(config)[0] + options.vocabulary * config.width
     print(f"FLOPs per token: {flops:,} = 6 x {matrices:,} matrix weights + 12 L H D T of attention (PaLM's count)")
     missing = missing_peers(options.family)
     modes = options.modes.split(",")
     names = [f"{name}/{mode}" for name in ("ours", *PEERS[options.family]) if name not in missing for mode in modes]
     tokens = options.batch * options.context
-    # On a CPU the candidates take turns, step by step: its speed changes from minute to minute. A GPU's does not, but
-    # its memory would be shared.
-    groups = [[name] for name in ("matmul", *names)] if options.device.startswith("cuda") else [["matmul", *names]]
-    seconds: dict[str, float] = {}
-    results: dict[str, dict[str, float]] = {}
-    for group in groups:
-        candidates = [Candidate(name) for name in group]
-        for _ in range(options.steps):
-            for candidate in candidates:
-                candidate.seconds.append(candidate.step())
-        for candidate in candidates:
-            memory = candidate.finish()
-            typical = seconds[candidate.name] = statistics.median(candidate.seconds)
-            if candidate.name != "matmul":
-                is_compiled = candidate.name.endswith("compiled")
-                results[candidate.name] = {
-                    "tokens_per_second": tokens / typical,
-                    "milliseconds_per_step": 1000 * typical,
-                    "peak_memory_gigabytes": memory,
-                    "compile_seconds": max(candidate.first_seconds - typical, 0.0) if is_compiled else 0.0,
-                }
-    rate = 6 * matrices * tokens / seconds["matmul"]
-    limit = tokens / seconds["matmul"]
+    speeds = measure(options, ["matmul", *names])
+    results = {
+        name: {
+            "tokens_per_second": tokens / speeds[name].seconds,
+            "milliseconds_per_step": 1000 * speeds[name].seconds,
+            "peak_memory_gigabytes": speeds[name].gigabytes,
+            "compile_seconds": speeds[name].compile_seconds if name.endswith("compiled") else 0.0,
+        }
+        for name in names
+    }
+    limit = tokens / speeds["matmul"].seconds
+    rate = 6 * matrices * limit
     print(f"matrix products of the step alone: {rate / 1e9:,.0f} GFLOP/s, which would be {limit:,.0f} tokens/s\n")
     print(f"{'':24}{'tokens/s':>12}{'ms/step':>10}{'of limit':>10}{'MFU*':>8}{'GB':>8}{'compile s':>11}")
     for name, found in results.items():
@@ -314,7 +383,7 @@ def main() -> None:
     ours = max((r for n, r in results.items() if n.startswith("ours/")), key=lambda r: r["tokens_per_second"])
     peers = {n: r["tokens_per_second"] for n, r in results.items() if not n.startswith("ours/")}
     best_peer = max(peers, key=lambda n: peers[n]) if peers else None
-    figures = {
+    return {
         "tokens_per_second": round(ours["tokens_per_second"], 1),
         "ratio_to_best_peer": round(ours["tokens_per_second"] / peers[best_peer], 3) if best_peer else None,
         "best_peer": best_peer,
@@ -326,7 +395,26 @@ def main() -> None:
         "compile_seconds": round(ours["compile_seconds"], 1),
         "candidates": {n: {k: round(v, 3) for k, v in r.items()} for n, r in results.items()},
     }
-    print(json.dumps(figures))
+
+
+def compare_levers(options: argparse.Namespace) -> dict[str, Any]:
+    tokens = options.batch * options.context
+    speeds = measure(options, [f"ours/compiled/{lever}" for lever in levers_of(options)])
+    whole = speeds["ours/compiled/all"].seconds
+    print(f"\n{'':36}{'tokens/s':>12}{'ms/step':>10}{'of all':>8}{'GB':>8}")
+    figures = {}
+    for name, speed in speeds.items():
+        lever = name.rpartition("/")[2]
+        print(
+            f"{lever:36}{tokens / speed.seconds:12,.0f}{1000 * speed.seconds:10,.1f}{whole / speed.seconds:8.2f}"
+            f"{speed.gigabytes:8.2f}"
+        )
+        figures[lever] = {
+            "tokens_per_second": round(tokens / speed.seconds, 1),
+            "ratio_to_all": round(whole / speed.seconds, 3),
+            "peak_memory_gigabytes": round(speed.gigabytes, 3),
+        }
+    return {"levers": figures}
 
 
 if __name__ == "__main__":

@@ -65,6 +65,8 @@ def run(config: "Config", options: argparse.Namespace) -> None:
     print(f"FLOPs in all        {tokens * flops:>16.3g}")
 
     is_half = train.precision != "float32"
+    workers = train.num_workers if isinstance(train.num_workers, int) else train.num_workers[0]
+    shards = workers if train.sharding == "fsdp" else 1
     memory = estimate_memory(
         model,
         config.optimizer,
@@ -72,15 +74,18 @@ def run(config: "Config", options: argparse.Namespace) -> None:
         micro_batch_sequences=train.micro_batch_sequences,
         activation_bytes=2 if is_half else 4,
         recompute=train.recompute_activations,
+        shards=shards,
     )
-    print(f"\nmemory of one GPU, micro-batches of {train.micro_batch_sequences} x {model.context_length} tokens")
+    holder = f"one GPU of {shards} that share the model" if shards > 1 else "one GPU"
+    print(f"\nmemory of {holder}, micro-batches of {train.micro_batch_sequences} x {model.context_length} tokens")
     for name in ("weights", "gradients", "optimizer", "activations", "logits"):
         print(f"  {name:<18}{getattr(memory, name) / 1e9:>12.2f} GB")
-    verdict = (
-        "fits"
-        if memory.total < 0.9e9 * gpu.memory_gigabytes
-        else "does not fit: lower train.micro_batch_sequences, or set train.recompute_activations=true"
-    )
+    if memory.total < 0.9e9 * gpu.memory_gigabytes:
+        verdict = "fits"
+    elif memory.weights + memory.gradients + memory.optimizer < 0.9e9 * gpu.memory_gigabytes:
+        verdict = "does not fit: lower train.micro_batch_sequences, or set train.recompute_activations=true"
+    else:
+        verdict = "does not fit, whatever the batch: use more workers with train.sharding=fsdp, or a smaller model"
     print(f"  {'in all':<18}{memory.total / 1e9:>12.2f} GB  {verdict} ({options.gpu}: {gpu.memory_gigabytes:.0f} GB)")
 
     print(

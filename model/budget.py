@@ -47,9 +47,13 @@ def estimate_memory(
     parameters = count_parameters(model, vocab_size)
     matrices = model.num_layers * block_parameters(model)[0]
     moments = matrices + 2 * (parameters - matrices) if optimizer.kind == "muon" else 2 * parameters
-    # Under autocast every matrix has a copy in the activations' precision until the step ends.
     head = vocab_size * model.width
-    copies = (matrices + head) * activation_bytes if activation_bytes < 4 else 0
+    if shards > 1:
+        # Gathered for the time of their use: a block while the next is under way, what belongs to none throughout.
+        copies = (2 * matrices // model.num_layers + parameters - matrices) * activation_bytes
+    else:
+        # Under autocast every matrix has a copy in the activations' precision until the step ends.
+        copies = (matrices + head) * activation_bytes if activation_bytes < 4 else 0
     tokens = micro_batch_sequences * model.context_length
     kept = model.num_layers * activations_per_token(model)
     if recompute:

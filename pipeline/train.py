@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import ray.train
 import torch
@@ -683,37 +684,46 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def explain_out_of_memory(job: Job, error: RuntimeError) -> str:
     config, options = job.config, job.config.train
-    device = ray.train.torch.get_device().type
-    alone = device == "cpu" and ray.train.get_context().get_world_size() == 1
+    device = ray.train.torch.get_device()
+    world_size = ray.train.get_context().get_world_size()
+    alone = device.type == "cpu" and world_size == 1
     memory = estimate_memory(
         config.model,
         config.optimizer,
         job.vocab_size,
         micro_batch_sequences=options.micro_batch_sequences,
-        activation_bytes=choose_precision(options.precision, device).itemsize,
+        activation_bytes=choose_precision(options.precision, device.type).itemsize,
         recompute=options.recompute_activations,
+        shards=world_size if options.sharding == "fsdp" else 1,
         shares=count_shares(torch.get_num_threads(), options.micro_batch_sequences) if alone else 1,
-        device=device,
+        device=device.type,
     )
-    advice = advise_out_of_memory(memory, options.micro_batch_sequences)
+    if device.type == "cuda":
+        device_bytes = torch.cuda.get_device_properties(device).total_memory
+    else:
+        device_bytes = psutil.virtual_memory().total
+    advice = advise_out_of_memory(memory, options.micro_batch_sequences, device_bytes)
     return (
         f"Out of memory: {str(error).strip().splitlines()[0][:200].rstrip('.')}. The estimate of `jobs.plan` is"
         f" {memory.total / 1e9:.2f} GB, of which {advice}"
     )
 
 
-def advise_out_of_memory(memory: Memory, micro_batch_sequences: int) -> str:
-    """Name the settings that help, by what takes the memory: the batch, or the model whatever the batch."""
+def advise_out_of_memory(memory: Memory, micro_batch_sequences: int, device_bytes: int) -> str:
+    """Name the settings that help: the batch's, or the model's where it does not fit whatever the batch."""
     growing = memory.activations + memory.logits
-    if growing < memory.total / 4:
+    fixed = memory.total - growing
+    if fixed > device_bytes:
         return (
-            f"{(memory.total - growing) / 1e9:.2f} GB are weights, gradients and moments, whatever the batch: use more"
-            " workers with train.sharding=fsdp, or lower model.num_layers, model.width or model.mlp_width."
+            f"{fixed / 1e9:.2f} GB are weights, gradients and moments, whatever the batch, and there are"
+            f" {device_bytes / 1e9:.2f} GB: use more workers with train.sharding=fsdp, or lower model.num_layers,"
+            " model.width or model.mlp_width."
         )
+    lower = ": lower that first, the result stays the same; then" if micro_batch_sequences > 1 else ":"
     return (
-        f"{growing / 1e9:.2f} GB grow with train.micro_batch_sequences, now {micro_batch_sequences}: lower that first,"
-        " the result stays the same; then set train.recompute_activations=true or train.precision=bfloat16, use more"
-        " workers with train.sharding=fsdp, or lower model.context_length."
+        f"{growing / 1e9:.2f} GB grow with train.micro_batch_sequences, now {micro_batch_sequences}{lower} set"
+        " train.recompute_activations=true or train.precision=bfloat16, use more workers with train.sharding=fsdp, or"
+        " lower model.context_length."
     )
 
 

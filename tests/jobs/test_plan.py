@@ -28,6 +28,18 @@ def test_the_reference_shapes_have_their_parameters(capsys: pytest.CaptureFixtur
     assert "124,439,808" in capsys.readouterr().out
 
 
+def test_what_does_not_fit_says_what_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    large = [str(PRESETS[0]), "model.width=16384", "model.num_heads=128", "model.num_layers=24"]
+    assert main([*large, "train.num_workers=8"]) == 0
+    assert "does not fit, whatever the batch: use more workers with train.sharding=fsdp" in capsys.readouterr().out
+    assert main([*large, "train.num_workers=[64,512]", "train.sharding=fsdp", "train.micro_batch_sequences=1"]) == 0
+    printed = capsys.readouterr().out
+    assert "memory of one GPU of 64 that share the model" in printed
+    assert "  fits" in printed
+    assert main([*large, "train.num_workers=64", "train.sharding=fsdp", "train.micro_batch_sequences=4096"]) == 0
+    assert "does not fit: lower train.micro_batch_sequences" in capsys.readouterr().out
+
+
 def test_an_unknown_setting_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(PRESETS[0]), "model.widht=64"]) == 2
     assert "model.width" in capsys.readouterr().err
@@ -81,6 +93,7 @@ def test_memory_grows_with_the_micro_batch_and_falls_with_sharding() -> None:
     sharded = estimate_memory(config, optimizer, 8192, micro_batch_sequences=4, shards=8)
     assert large.activations == 2 * small.activations
     assert sharded.optimizer * 8 == pytest.approx(small.optimizer)
+    assert small.weights / 8 < sharded.weights < small.weights  # a block in use is gathered whole
     assert sharded.total < small.total < large.total
 
 

@@ -144,12 +144,14 @@ def test_a_model_that_does_not_fit_names_the_settings_to_change(ray_session: Non
     assert "\n" not in str(raised.value)
 
 
-def test_advice_after_an_out_of_memory_goes_by_what_takes_the_memory() -> None:
-    weights = {"weights": 4 * 10**9, "gradients": 4 * 10**9, "optimizer": 8 * 10**9}
-    words = train.advise_out_of_memory(Memory(**weights, activations=30 * 10**9, logits=2 * 10**9), 64)
+def test_advice_after_an_out_of_memory_goes_by_whether_the_model_alone_fits() -> None:
+    memory = Memory(weights=10**9, gradients=10**9, optimizer=2 * 10**9, activations=30 * 10**9, logits=2 * 10**9)
+    words = train.advise_out_of_memory(memory, 64, 24 * 10**9)
     assert words.startswith("32.00 GB grow with train.micro_batch_sequences, now 64: lower that first")
-    words = train.advise_out_of_memory(Memory(**weights, activations=10**9, logits=10**9), 1)
-    assert words.startswith("16.00 GB are weights, gradients and moments")
+    words = train.advise_out_of_memory(memory, 1, 40 * 10**9)
+    assert words.startswith("32.00 GB grow with train.micro_batch_sequences, now 1: set train.recompute_activations")
+    words = train.advise_out_of_memory(memory, 64, 3 * 10**9)
+    assert words.startswith("4.00 GB are weights, gradients and moments, whatever the batch, and there are 3.00 GB")
     assert "micro_batch" not in words
 
 

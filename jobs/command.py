@@ -25,7 +25,7 @@ ENVIRONMENT = {
     "RAY_DATA_PARQUET_BIN_PACKING_BYTES": "16777216",  # blocks small enough to keep every core busy
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Serve's proxies speak OpenAI's error shape too: see pipeline/api_errors.py.
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "pipeline.api_errors.proxy_middlewares",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "pipeline.serving.errors.proxy_middlewares",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",

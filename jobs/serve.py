@@ -70,8 +70,8 @@ def serving(config: "Config") -> Iterator[str]:
 
 def serve_until_stopped(config: "Config") -> None:
     """Serve until Ctrl-C or SIGTERM; what has begun to be answered is finished."""
-    from pipeline.access import read_keys
     from pipeline.serve import describe_access, model_name
+    from pipeline.serving.access import read_keys
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with serving(config) as address:

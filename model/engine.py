@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from model.beams import Beams
+from model.cpu.kernel import KernelRunner, kernel_cache_dtype, load_kernel
 from model.gpt import GPT
-from model.kernel import KernelRunner, kernel_cache_dtype, load_kernel
 from model.runner import WEIGHTS, Runner, TorchRunner, cache_bytes_per_token, compute_dtype
 from model.sampling import SamplingSettings, TokenLogprob, choose, penalize, token_logprobs, uniform
 from model.sequence import Chunk, FinishReason, GenerationRequest, Sequence, Work

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model import attention
 from model.config import ModelConfig
+from model.cpu import attention
 from model.settings import require
 
 IGNORED = -100  # a target that carries no loss

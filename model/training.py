@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from model.attention import HAS_BFLOAT16_UNITS
+from model.cpu.attention import HAS_BFLOAT16_UNITS
 from model.gpt import GPT, Block, chunked_cross_entropy, cross_entropy_gradient
 from model.optimizer import Optimizer
 

@@ -21,8 +21,8 @@ from model.tokenizer import Tokenizer, load_tokenizer
 from pipeline import tracking
 from pipeline.artifacts import Artifact, Manifest
 from pipeline.config import Config, result_settings
+from pipeline.corpus.stream import validation_batches
 from pipeline.registry import PROBE_TAG, measure_probe
-from pipeline.stream import validation_batches
 
 FORMAT_VERSION = 1
 

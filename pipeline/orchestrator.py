@@ -14,7 +14,7 @@ from types import ModuleType
 from pipeline import evaluate, lease, prepare, register, tokenizer, tracking, train
 from pipeline.artifacts import Artifact, Manifest, artifact_at, describe_difference, fingerprint
 from pipeline.config import Config
-from pipeline.sources import fingerprint_source
+from pipeline.corpus.sources import fingerprint_source
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from model.gpt import count_parameters
 from pipeline import tracking
 from pipeline.artifacts import filesystem_of, resolve_storage
 from pipeline.config import Config
-from pipeline.shards import default_cache_folder
+from pipeline.corpus.shards import default_cache_folder
 from pipeline.train import wants_gpu, worker_resources
 
 PACKAGES = ("ray", "torch", "numpy", "pyarrow", "s3fs", "mlflow", "tiktoken", "tokenizers", "safetensors")

@@ -32,10 +32,10 @@ import ray.data
 from fsspec.implementations.local import LocalFileSystem
 
 from model.tokenizer import Tokenizer, parse_tokenizer
-from pipeline import cleaning, data_card
 from pipeline.artifacts import MANIFEST, Artifact, FileRecord, Manifest
 from pipeline.config import Config, PrepareConfig, SourceConfig, result_settings
-from pipeline.sources import REPLACED, Slice, read, read_pieces, slices
+from pipeline.corpus import card, cleaning
+from pipeline.corpus.sources import REPLACED, Slice, read, read_pieces, slices
 
 FORMAT_VERSION = 1
 ROW_GROUP_TOKENS = 1_000_000
@@ -168,8 +168,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
         "bytes_per_token": round(sum(total.splits[split]["bytes"] for split in SPLITS) / total.tokens, 4),
         "lengths": total.lengths,
     }
-    card = data_card.write(config, counts, files, first_shard=_first(files, "train/"))
-    files |= {name: output.write_bytes(name, content) for name, content in card.items()}
+    pages = card.write(config, counts, files, first_shard=_first(files, "train/"))
+    files |= {name: output.write_bytes(name, content) for name, content in pages.items()}
     manifest = output.commit(
         format_version=FORMAT_VERSION,
         settings=settings(config),
@@ -178,7 +178,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
         files=files,
     )
     _clear_work(job, {*there, *first.files, *total.files, *job.duplicates}, tallies, files)
-    data_card.log_to_mlflow(config, output, manifest, card)
+    card.log_to_mlflow(config, output, manifest, pages)
     return manifest
 
 

@@ -107,7 +107,7 @@ def log_version(
             warnings.showwarning = lambda *_, **__: None
             logged = mlflow.pyfunc.log_model(
                 name="model",
-                python_model=str(Path(__file__).with_name("completion.py")),
+                python_model=str(Path(__file__).parent / "serving" / "pyfunc.py"),
                 artifacts={"checkpoint": str(checkpoint)},
                 code_paths=[str(Path(str(model.__file__)).parent)],
                 signature=SIGNATURE,

@@ -23,12 +23,12 @@ from ray.serve.schema import LoggingConfig
 
 from model.engine import EngineSettings
 from pipeline import registry, tracking
-from pipeline.access import Access, ApiKey, is_local_host, read_keys
 from pipeline.artifacts import resolve_storage
 from pipeline.config import Config, ServeConfig
-from pipeline.endpoints import build_api
-from pipeline.served_models import ServedModels
-from pipeline.serving_metrics import ServingMetrics, merge_pages
+from pipeline.serving.access import Access, ApiKey, is_local_host, read_keys
+from pipeline.serving.api import build_api
+from pipeline.serving.metrics import ServingMetrics, merge_pages
+from pipeline.serving.versions import ServedModels
 
 logger = logging.getLogger("ray.serve")
 

@@ -63,14 +63,14 @@ from model.training import (
 )
 from pipeline import tracking
 from pipeline.artifacts import Artifact, FileRecord, Manifest
-from pipeline.checkpoints import BackgroundWriter, CheckpointStore
 from pipeline.config import Config, result_settings, to_yaml
-from pipeline.driver_line import FailureNotes, Line, LineHandler
-from pipeline.goodput import TimeSplit, memory_metrics, peak_flops, weight_norm
-from pipeline.loss_plot import draw_loss
-from pipeline.metrics import TrainingGauges
-from pipeline.stream import TokenStream, ValidationStream
+from pipeline.corpus.stream import TokenStream, ValidationStream
 from pipeline.tracking import Tracker
+from pipeline.training.checkpoints import BackgroundWriter, CheckpointStore
+from pipeline.training.gauges import TrainingGauges
+from pipeline.training.goodput import TimeSplit, memory_metrics, peak_flops, weight_norm
+from pipeline.training.line import FailureNotes, Line, LineHandler
+from pipeline.training.loss_plot import draw_loss
 
 FORMAT_VERSION = 1
 RUN_FILE = "run.json"  # which MLflow run and which settings an unfinished training belongs to

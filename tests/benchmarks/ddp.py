@@ -28,7 +28,7 @@ from model.checkpoint import export_weights, write_model
 from model.gpt import GPT, ModelConfig
 from model.optimizer import OptimizerConfig, build_optimizer
 from model.training import parallelize, train_step
-from pipeline.stream import Batch
+from pipeline.corpus.stream import Batch
 from pipeline.train import on_cpu
 
 CONTEXT, SEQUENCES, MICRO_BATCH, VOCABULARY = 256, 16, 4, 4096

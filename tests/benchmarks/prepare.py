@@ -146,7 +146,7 @@ def main() -> None:
 
 def read_texts(path: Path | None) -> list[str]:
     if path is None:
-        from pipeline import python_docs
+        from pipeline.corpus import python_docs
 
         return list(python_docs.documents())
     with open(path, encoding="utf-8") as lines:

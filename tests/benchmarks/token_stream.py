@@ -21,8 +21,8 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from pipeline.artifacts import Artifact, record_file
-from pipeline.shards import TokenCache
-from pipeline.stream import TokenStream
+from pipeline.corpus.shards import TokenCache
+from pipeline.corpus.stream import TokenStream
 
 CONTEXT = 1024
 SEQUENCES = 256

@@ -29,8 +29,9 @@ import torch
 # A script run by its path sees only its own folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from model import attention, gpt, optimizer, training
+from model import gpt, optimizer, training
 from model.checkpoint import export_config
+from model.cpu import attention
 from model.gpt import GPT, ModelConfig, block_parameters, flops_per_token
 from model.optimizer import OptimizerConfig, build_optimizer
 from model.training import autocast, choose_precision, parallelize, train_step

@@ -31,10 +31,10 @@ def metrics_of(path: Path) -> set[str]:
 
 
 def declared() -> set[str]:
-    from pipeline import metrics
-    from pipeline.serving_metrics import ServingMetrics
+    from pipeline.serving.metrics import ServingMetrics
+    from pipeline.training import gauges
 
-    names = {f"ray_{name}" for name, _ in [*metrics.GAUGES.values(), metrics.STEP, metrics.TIME]}
+    names = {f"ray_{name}" for name, _ in [*gauges.GAUGES.values(), gauges.STEP, gauges.TIME]}
     page = ServingMetrics("replica").page()
     for name, kind in re.findall(r"^# TYPE (\S+) (\S+)$", page, re.MULTILINE):
         names |= {f"{name}_bucket", f"{name}_sum", f"{name}_count"} if kind == "histogram" else {name}

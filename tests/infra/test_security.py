@@ -11,10 +11,10 @@ import torch
 
 from model.checkpoint import load_model, load_training_state, save_model
 from model.gpt import GPT, ModelConfig
-from pipeline import sources
 from pipeline.artifacts import Artifact, FileRecord, Manifest, artifact_at, record_file
 from pipeline.config import SourceConfig
-from pipeline.shards import TokenCache, open_shards
+from pipeline.corpus import sources
+from pipeline.corpus.shards import TokenCache, open_shards
 from tests.infra.manifests import ROOT
 from tests.mlflow_store import point_mlflow_at
 

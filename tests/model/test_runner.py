@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.cpu.kernel import HugePages, KernelRunner, load_kernel
 from model.gpt import GPT, ModelConfig
-from model.kernel import HugePages, KernelRunner, load_kernel
 from model.runner import TorchRunner, quantize, with_weights
 from model.sequence import Work
 

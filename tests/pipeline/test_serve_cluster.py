@@ -20,8 +20,8 @@ import psutil
 import pytest
 import yaml
 
-from pipeline.api_errors import LOST
 from pipeline.config import ServeConfig
+from pipeline.serving.errors import LOST
 from tests.pipeline.tiny_registry import TinyRegistry
 
 APP = "tiny-endpoint"

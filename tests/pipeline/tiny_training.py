@@ -17,8 +17,8 @@ import ray.train
 from model.tokenizer import Tokenizer, train_bpe
 from pipeline import train
 from pipeline.artifacts import Artifact, Manifest, artifact_at, fingerprint
-from pipeline.checkpoints import CheckpointStore
 from pipeline.config import Config, load_config
+from pipeline.training.checkpoints import CheckpointStore
 from tests.mlflow_store import point_mlflow_at
 
 WORDS = (

@@ -15,8 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from model.engine import Engine, EngineSettings
 from pipeline import registry
 from pipeline.config import ServeConfig
-from pipeline.openai_api import CompletionRequest
-from tests.pipeline.local_server import LocalServer
+from pipeline.serving.protocol import CompletionRequest
+from tests.pipeline.serving.local_server import LocalServer
 from tests.pipeline.tiny_registry import TinyRegistry, tiny_tokenizer
 
 CONTEXT = 128

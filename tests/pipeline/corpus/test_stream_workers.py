@@ -19,15 +19,15 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from pipeline.artifacts import Artifact, filesystem_of, record_file
-from pipeline.shards import TokenCache, open_shards
-from pipeline.stream import TokenStream, validation_batches
+from pipeline.corpus.shards import TokenCache, open_shards
+from pipeline.corpus.stream import TokenStream, validation_batches
 
 OPTIONS = {"context_length": 16, "batch_sequences": 6, "seed": 11, "window_tokens": 3000}
 
 WORKER = """
 import hashlib, sys, time
 from pipeline.artifacts import Artifact
-from pipeline.stream import TokenStream
+from pipeline.corpus.stream import TokenStream
 url, cache, log, first_step, rank, world_size = sys.argv[1:]
 stream = TokenStream(Artifact(url, "prepare", "0" * 20), cache_folder=cache, **{options})
 with open(log, "a") as file:
@@ -107,7 +107,7 @@ def test_a_process_killed_while_decoding_leaves_the_shard_to_the_next(tmp_path: 
     script = """
 import sys, time
 from pipeline.artifacts import Artifact
-from pipeline.shards import TokenCache, open_shards
+from pipeline.corpus.shards import TokenCache, open_shards
 class Stuck(TokenCache):
     def _make_room(self, wanted_bytes):
         print("decoding", flush=True)

@@ -22,9 +22,9 @@ import pytest
 import zstandard
 from warcio.warcwriter import WARCWriter
 
-from pipeline import python_docs
 from pipeline.config import SourceConfig
-from pipeline.sources import find_files, fingerprint_source, iterate_text, read, read_pieces, slices
+from pipeline.corpus import python_docs
+from pipeline.corpus.sources import find_files, fingerprint_source, iterate_text, read, read_pieces, slices
 
 TEXTS = [
     "The first document.",
@@ -261,7 +261,7 @@ def test_openwebtext_is_read_from_the_hub_at_one_commit(
     program = textwrap.dedent("""
         import json
         from pipeline.config import SourceConfig
-        from pipeline.sources import fingerprint_source, read, read_pieces, slices
+        from pipeline.corpus.sources import fingerprint_source, read, read_pieces, slices
         source = SourceConfig(kind="openwebtext", dataset="owner/corpus", revision="main")
         texts = []
         for part in slices(source, 300):

@@ -15,7 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from pipeline.artifacts import Artifact, record_file
-from pipeline.stream import IGNORED, Batch, TokenStream, ValidationStream, _random_order, validation_batches
+from pipeline.corpus.stream import IGNORED, Batch, TokenStream, ValidationStream, _random_order, validation_batches
 
 END = 0
 Corpus = Sequence[Sequence[Sequence[int]]]  # shards of documents of tokens

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from pipeline.artifacts import Artifact
-from pipeline.shards import GIGABYTE, Shard, TokenCache, data_digest, open_shards
+from pipeline.corpus.shards import GIGABYTE, Shard, TokenCache, data_digest, open_shards
 
 logger = logging.getLogger(__name__)
 

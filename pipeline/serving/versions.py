@@ -15,11 +15,11 @@ import torch
 
 from model.engine import Engine, EngineSettings
 from pipeline import registry
-from pipeline.api_errors import ApiError
-from pipeline.live_engine import EngineDied, LiveEngine
-from pipeline.openai_api import ModelAnswer
 from pipeline.registry import LoadedVersion, VersionRecord
-from pipeline.serving_metrics import ServingMetrics
+from pipeline.serving.errors import ApiError
+from pipeline.serving.live_engine import EngineDied, LiveEngine
+from pipeline.serving.metrics import ServingMetrics
+from pipeline.serving.protocol import ModelAnswer
 
 logger = logging.getLogger("ray.serve")
 

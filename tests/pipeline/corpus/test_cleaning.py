@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cleaning
 from pipeline.config import PrepareConfig
+from pipeline.corpus import cleaning
 
 VOCABULARY = [f"word{n}" for n in range(3000)]
 

@@ -15,9 +15,9 @@ import httpx
 import openai
 import pytest
 
-from pipeline.access import Allowance, ApiKey, is_local_name, read_keys
 from pipeline.config import ServeConfig
-from tests.pipeline.local_server import LocalServer
+from pipeline.serving.access import Allowance, ApiKey, is_local_name, read_keys
+from tests.pipeline.serving.local_server import LocalServer
 from tests.pipeline.tiny_registry import TinyRegistry, make_registry
 
 Start = Callable[..., LocalServer]

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import uvicorn
 
-from pipeline.access import Access, ApiKey
 from pipeline.config import ServeConfig
-from pipeline.endpoints import build_api
 from pipeline.serve import engine_settings
-from pipeline.served_models import ServedModels
-from pipeline.serving_metrics import ServingMetrics
+from pipeline.serving.access import Access, ApiKey
+from pipeline.serving.api import build_api
+from pipeline.serving.metrics import ServingMetrics
+from pipeline.serving.versions import ServedModels
 from tests.pipeline.tiny_registry import TinyRegistry
 
 

@@ -11,8 +11,8 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from pipeline.config import ServeConfig
-from pipeline.endpoints import PAGE
-from tests.pipeline.local_server import LocalServer
+from pipeline.serving.api import PAGE
+from tests.pipeline.serving.local_server import LocalServer
 from tests.pipeline.tiny_registry import TinyRegistry
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

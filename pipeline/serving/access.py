@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.api_errors import ApiError
+from pipeline.serving.errors import ApiError
 
 KEYS_VARIABLE = "SERVE_API_KEYS"
 KEYS_FILE_VARIABLE = "SERVE_API_KEYS_FILE"

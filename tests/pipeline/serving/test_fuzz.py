@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 
 from pipeline.config import ServeConfig
-from tests.pipeline.local_server import LocalServer
+from tests.pipeline.serving.local_server import LocalServer
 from tests.pipeline.tiny_registry import TinyRegistry
 
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.artifacts import Artifact, FileRecord, record_file
-from pipeline.shards import TokenCache, data_digest, open_shards
+from pipeline.corpus.shards import TokenCache, data_digest, open_shards
 
 DOCUMENTS = [[5, 6, 7, 0], [0], [9] * 30 + [0], [4, 0]]
 FLAT = [token for document in DOCUMENTS for token in document]

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import attention
+from model.cpu import attention
 from model.gpt import GPT, ModelConfig
 from model.training import autocast, parallelize
 

@@ -29,10 +29,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from model.engine import Chunk, GenerationRequest
 from model.sampling import TokenLogprob
 from model.tokenizer import Tokenizer
-from pipeline.access import Access, ApiKey
-from pipeline.api_errors import ApiError, error_body
-from pipeline.live_engine import EngineDied, Overloaded
-from pipeline.openai_api import (
+from pipeline.serving.access import Access, ApiKey
+from pipeline.serving.errors import ApiError, error_body
+from pipeline.serving.live_engine import EngineDied, Overloaded
+from pipeline.serving.metrics import ServingMetrics
+from pipeline.serving.protocol import (
     Completion,
     CompletionRequest,
     DetokenizeAnswer,
@@ -44,12 +45,11 @@ from pipeline.openai_api import (
     TokenizeRequest,
     describe_validation,
 )
-from pipeline.served_models import LiveVersion, ServedModels
-from pipeline.serving_metrics import ServingMetrics
+from pipeline.serving.versions import LiveVersion, ServedModels
 
 logger = logging.getLogger("ray.serve")
 
-PAGE = Path(__file__).with_name("playground.html")
+PAGE = Path(__file__).with_name("page.html")
 MAX_PROMPTS = 128
 DEFAULT_MAX_TOKENS = 16
 # Events of one stream are at least this far apart per stream in flight: a write costs the server about 1 ms

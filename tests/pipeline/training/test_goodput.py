@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from pipeline.goodput import ACTIVITIES, TimeSplit, memory_metrics, peak_flops, weight_norm
+from pipeline.training.goodput import ACTIVITIES, TimeSplit, memory_metrics, peak_flops, weight_norm
 
 
 def test_parts_add_up_to_the_wall_clock() -> None:

@@ -31,9 +31,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from pipeline import python_docs
 from pipeline.artifacts import filesystem_of
 from pipeline.config import SourceConfig
+from pipeline.corpus import python_docs
 
 FORMAT_OF_ENDING = {
     **dict.fromkeys((".txt", ".text"), "txt"),

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.sampling import SamplingSettings
-from pipeline.api_errors import ApiError
+from pipeline.serving.errors import ApiError
 
 TOKEN_LIMIT = 1 << 32  # above every vocabulary: a number that is no token id at all
 Number = Annotated[float, Field(allow_inf_nan=False)]

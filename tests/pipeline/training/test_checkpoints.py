@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.artifacts import Artifact
-from pipeline.checkpoints import BackgroundWriter, CheckpointStore
+from pipeline.training.checkpoints import BackgroundWriter, CheckpointStore
 
 FINGERPRINT = "0" * 20
 
@@ -83,7 +83,7 @@ KILLED_IN_THE_WRITE = """
 import os, signal, sys
 from pathlib import Path
 from pipeline.artifacts import Artifact
-from pipeline.checkpoints import CheckpointStore
+from pipeline.training.checkpoints import CheckpointStore
 
 def save(folder):
     folder.mkdir(parents=True)

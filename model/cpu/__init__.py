@@ -1,0 +1,1 @@
+"""Faster ways on a CPU: without this folder everything works, more slowly."""

@@ -1,0 +1,1 @@
+"""Text in, batches out: files, formats, shards, and the token stream."""

@@ -1,0 +1,1 @@
+"""What answers HTTP, and what holds a model in service."""

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from model.cores import count_cores
+
 if TYPE_CHECKING:
     from pipeline.config import Config
 
@@ -125,7 +127,7 @@ def ray_session(verbose: bool = False) -> Iterator[None]:
         arguments["address"] = address
     else:
         # Two workers and the tasks beside them need two logical CPUs even where there is one core.
-        arguments |= {"address": "local", "num_cpus": max(2, os.cpu_count() or 1), "include_dashboard": True}
+        arguments |= {"address": "local", "num_cpus": max(2, count_cores()), "include_dashboard": True}
     try:
         ray.init(**arguments)
     except ConnectionError as error:

@@ -123,7 +123,9 @@ class TrainConfig:
         "ddp", "ddp (each worker holds the model) or fsdp (they share it out)", affects_result=False
     )
     cpus_per_worker: float = setting(1.0, "CPUs that each worker reserves in Ray", affects_result=False)
-    threads_per_worker: int = setting(0, "CPU threads of each worker; 0 shares the cores out", affects_result=False)
+    threads_per_worker: int = setting(
+        0, "CPU threads of each worker; 0 shares out the cores that may be used", affects_result=False
+    )
     evaluate_every_steps: int = setting(250, "steps between evaluations on the val split")
     evaluation_tokens: int = setting(1_048_576, "val tokens scored in each of them at most; 0 scores all")
     sample_prompts: list[str] = setting(["The "], "what the model completes at each evaluation", affects_result=False)
@@ -219,7 +221,7 @@ class ServeConfig:
     downscale_delay_seconds: float = setting(600.0, "autoscaling: how long a copy stays after it was last needed")
     cpus_per_replica: float = setting(1.0, "logical CPUs that Ray sets aside for each copy")
     gpus_per_replica: float = setting(0.0, "GPUs for each copy; fractions share one")
-    threads: int = setting(0, "CPU threads of each copy; 0 takes every core")
+    threads: int = setting(0, "CPU threads of each copy; 0 takes every core that may be used")
     weights: str = setting("auto", "auto (bfloat16 where it is fast), float32, bfloat16 or int8")
     max_batch_size: int = setting(16, "texts generated at once by each copy")
     max_queue: int = setting(64, "texts waiting at most in each copy; past it the answer is 429")

@@ -21,6 +21,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, HTTPOptions
 from ray.serve.schema import LoggingConfig
 
+from model.cores import count_cores
 from model.engine import EngineSettings
 from pipeline import registry, tracking
 from pipeline.artifacts import resolve_storage
@@ -47,7 +48,7 @@ class CompletionServer:
         mlflow.set_tracking_uri(tracking_uri)
         device = choose_device(settings)
         if settings.threads or device.type == "cpu":
-            torch.set_num_threads(settings.threads or os.cpu_count() or 1)
+            torch.set_num_threads(settings.threads or count_cores())
         context = serve.get_replica_context()
         self.deadline_seconds = settings.deadline_seconds
         self.max_body_bytes = settings.max_body_bytes

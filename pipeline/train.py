@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 import signal
 import tempfile
@@ -45,6 +44,7 @@ from model.checkpoint import (
     save_training_state,
     write_model,
 )
+from model.cores import count_cores
 from model.generation import complete
 from model.gpt import GPT
 from model.optimizer import Optimizer, build_optimizer
@@ -662,7 +662,7 @@ def on_cpu(tree: Any) -> Any:
 
 def set_threads(threads: int, workers_here: int) -> None:
     """Share the cores out among the workers of this node; Ray would give each a single thread."""
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // workers_here))
+    torch.set_num_threads(threads or max(1, count_cores() // workers_here))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

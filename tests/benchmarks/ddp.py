@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from model.checkpoint import export_weights, write_model
+from model.cores import count_cores
 from model.gpt import GPT, ModelConfig
 from model.optimizer import OptimizerConfig, build_optimizer
 from model.training import parallelize, train_step
@@ -117,7 +118,7 @@ def main() -> None:
                 "checkpoint_wait_seconds": round(wait, 4),
                 "checkpoint_wait_fraction_of_step": round(wait / two, 4),
                 "checkpoint_write_seconds": round(statistics.median(writes), 4),
-                "cores": os.cpu_count(),
+                "cores": count_cores(),
             }
         )
     )

@@ -25,6 +25,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from jobs.command import set_environment
+from model.cores import count_cores
 
 PROCESSES = 2
 
@@ -115,7 +116,7 @@ def main() -> None:
             for name, (program, tokenizer) in peers.items():
                 seconds[name] = time_peer(options.peers, name, program, folder, tokenizer)
 
-    print(f"\n{text_bytes / 1e6:,.0f} MB of text, {options.tokenizer}, {PROCESSES} processes, {os.cpu_count()} cores")
+    print(f"\n{text_bytes / 1e6:,.0f} MB of text, {options.tokenizer}, {PROCESSES} processes, {count_cores()} cores")
     print(f"{'':<16}{'seconds':>10}{'MB/s':>10}{'of tiktoken':>14}")
     for name, taken in seconds.items():
         if taken is None:

@@ -3,7 +3,8 @@
     <storage>/<pipeline name>/<stage>-<fingerprint>/   the files, and manifest.json written last
 
 An artifact is done when its manifest is there and its fingerprint is the one asked for. The fingerprint is
-part of the folder's name, so a changed config never meets the files of the old one.
+part of the folder's name, so a changed config never meets the files of the old one. An artifact carries the
+recipe that its fingerprint was made of, so a stage ends with `output.commit(counts, files)` and says no more.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import json
 import os
 import posixpath
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -24,11 +25,20 @@ from fsspec.implementations.local import LocalFileSystem
 MANIFEST = "manifest.json"
 
 
-def fingerprint(stage: str, format_version: int, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """Hash what decides a result: the stage, its format, its settings and its inputs' fingerprints (20 hex digits)."""
-    facts = {"stage": stage, "format_version": format_version, "settings": settings, "inputs": inputs}
-    canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=list)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:20]
+@dataclass(frozen=True)
+class Recipe:
+    """What decides a stage's result: the version of its format, its settings and its inputs' fingerprints."""
+
+    format_version: int = 1
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)  # name of the input -> its fingerprint
+
+    def fingerprint(self, stage: str) -> str:
+        """Hash the recipe together with the stage's name: 20 hex digits."""
+        canonical = json.dumps(
+            {"stage": stage} | asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=list
+        )
+        return hashlib.sha256(canonical.encode()).hexdigest()[:20]
 
 
 @dataclass(frozen=True)
@@ -120,15 +130,7 @@ class Artifact:
     url: str
     stage: str
     fingerprint: str
-    _lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
-
-    def __getstate__(self) -> dict[str, str]:
-        return {"url": self.url, "stage": self.stage, "fingerprint": self.fingerprint}
-
-    def __setstate__(self, state: dict[str, str]) -> None:
-        for name, value in state.items():
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "_lock", threading.Lock())
+    recipe: Recipe = field(default_factory=Recipe, compare=False, repr=False)  # the fingerprint stands for it
 
     @property
     def filesystem(self) -> fsspec.AbstractFileSystem:
@@ -195,22 +197,14 @@ class Artifact:
             if entry["type"] == "file" and not path.endswith("/") and not posixpath.basename(path).startswith(".tmp-")
         }
 
-    def commit(
-        self,
-        *,
-        format_version: int,
-        settings: Mapping[str, Any],
-        inputs: Mapping[str, str],
-        counts: Mapping[str, Any],
-        files: Mapping[str, FileRecord],
-    ) -> Manifest:
+    def commit(self, counts: Mapping[str, Any], files: Mapping[str, FileRecord]) -> Manifest:
         """Write the manifest, last: from here on the artifact is done."""
         manifest = Manifest(
             stage=self.stage,
             fingerprint=self.fingerprint,
-            format_version=format_version,
-            inputs=dict(inputs),
-            settings=dict(settings),
+            format_version=self.recipe.format_version,
+            inputs=dict(self.recipe.inputs),
+            settings=dict(self.recipe.settings),
             counts=dict(counts),
             files=dict(files),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -260,13 +254,15 @@ class Artifact:
                 self.filesystem.rm(path, recursive=True)
 
 
-def artifact_at(storage: str, name: str, stage: str, stage_fingerprint: str, folder: str = "") -> Artifact:
+def artifact_at(
+    storage: str, name: str, stage: str, stage_fingerprint: str, folder: str = "", recipe: Recipe | None = None
+) -> Artifact:
     """Name the artifact of one stage of one pipeline; nothing is read or made.
 
     Its folder is named by the fingerprint, or by `folder` where a person chose a name.
     """
     url = posixpath.join(resolve_storage(storage), name, f"{stage}-{folder or stage_fingerprint}")
-    return Artifact(url=url, stage=stage, fingerprint=stage_fingerprint)
+    return Artifact(url, stage, stage_fingerprint, recipe or Recipe())
 
 
 def write_atomically(filesystem: fsspec.AbstractFileSystem, path: str, content: bytes) -> None:
@@ -304,24 +300,11 @@ def check_digest(path: Path, record: FileRecord, where: str) -> None:
         )
 
 
-def describe_difference(manifest: Manifest, wanted: Mapping[str, Any]) -> str:
-    """Say in one line which settings differ from those of a manifest."""
+def describe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Say in one line which settings changed."""
     rows = [
-        f"{key} was {manifest.settings.get(key)!r} and is now {wanted.get(key)!r}"
-        for key in sorted({*manifest.settings, *wanted})
-        if json.dumps(manifest.settings.get(key), default=list) != json.dumps(wanted.get(key), default=list)
+        f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
+        for key in sorted({*before, *now})
+        if json.dumps(before.get(key), default=list) != json.dumps(now.get(key), default=list)
     ]
     return "; ".join(rows) + "." if rows else "its inputs differ."
-
-
-def find_artifacts(storage: str, name: str) -> Iterator[Artifact]:
-    """Find every artifact folder of one pipeline, done or not, with a single listing."""
-    root = posixpath.join(resolve_storage(storage), name)
-    filesystem, path = filesystem_of(root)
-    if not filesystem.exists(path):
-        return
-    for entry in sorted(filesystem.ls(path, detail=False)):
-        folder = posixpath.basename(entry.rstrip("/"))
-        stage, dash, stage_fingerprint = folder.rpartition("-")
-        if dash and len(stage_fingerprint) == 20:
-            yield Artifact(url=posixpath.join(root, folder), stage=stage, fingerprint=stage_fingerprint)

@@ -46,9 +46,6 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
         mlflow.log_metrics({"evaluate/bits_per_byte": result["bits_per_byte"], "evaluate/loss": result["loss"]})
         mlflow.log_text(text, "evaluation.json")
     return output.commit(
-        format_version=FORMAT_VERSION,
-        settings=settings(config),
-        inputs={name: artifact.fingerprint for name, artifact in inputs.items()},
         counts={name: value for name, value in result.items() if name != "samples"},
         files={"evaluation.json": record},
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from pipeline import evaluate, lease, prepare, register, tokenizer, tracking, train
-from pipeline.artifacts import Artifact, Manifest, artifact_at, describe_difference, fingerprint
+from pipeline.artifacts import Artifact, Manifest, Recipe, artifact_at, describe_difference
 from pipeline.config import Config
 from pipeline.corpus.sources import fingerprint_source
 
@@ -41,11 +41,16 @@ def locate(config: Config) -> dict[str, Artifact]:
     source_fingerprint = fingerprint_source(config.source)
     artifacts = {"source": artifact_at(config.storage, config.name, "source", source_fingerprint)}
     for stage in STAGES:
-        inputs = {name: artifacts[name].fingerprint for name in stage.inputs}
-        stage_fingerprint = fingerprint(stage.name, stage.module.FORMAT_VERSION, stage.module.settings(config), inputs)
-        folder = config.train.run if stage.name == "train" else ""
-        artifacts[stage.name] = artifact_at(config.storage, config.name, stage.name, stage_fingerprint, folder)
+        artifacts[stage.name] = name_output(stage, config, artifacts)
     return artifacts
+
+
+def name_output(stage: Stage, config: Config, artifacts: Mapping[str, Artifact]) -> Artifact:
+    """Name what a stage will make of these artifacts, with the recipe for it."""
+    inputs = {name: artifacts[name].fingerprint for name in stage.inputs}
+    recipe = Recipe(stage.module.FORMAT_VERSION, stage.module.settings(config), inputs)
+    folder = config.train.run if stage.name == "train" else ""
+    return artifact_at(config.storage, config.name, stage.name, recipe.fingerprint(stage.name), folder, recipe)
 
 
 def run(
@@ -120,7 +125,7 @@ def _finished(stage: Stage, config: Config, artifact: Artifact) -> Manifest | No
     if found.fingerprint != artifact.fingerprint:
         raise ValueError(
             f"The run {artifact.url} was made with another config:"
-            f" {describe_difference(found, stage.module.settings(config))}"
+            f" {describe_difference(found.settings, artifact.recipe.settings)}"
             f" Give it another name (train.run), or delete that folder."
         )
     # A stage whose result also lives elsewhere (the registry) says whether it is still there.

@@ -170,13 +170,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
     }
     pages = card.write(config, counts, files, first_shard=_first(files, "train/"))
     files |= {name: output.write_bytes(name, content) for name, content in pages.items()}
-    manifest = output.commit(
-        format_version=FORMAT_VERSION,
-        settings=settings(config),
-        inputs={name: artifact.fingerprint for name, artifact in inputs.items()},
-        counts=counts,
-        files=files,
-    )
+    manifest = output.commit(counts, files)
     _clear_work(job, {*there, *first.files, *total.files, *job.duplicates}, tallies, files)
     card.log_to_mlflow(config, output, manifest, pages)
     return manifest

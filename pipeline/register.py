@@ -79,9 +79,6 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
         version = log_version(config, client, inputs["train"], trained, tags)
     client.set_registered_model_alias(name, config.register.alias, version)
     return output.commit(
-        format_version=FORMAT_VERSION,
-        settings=settings(config),
-        inputs={key: artifact.fingerprint for key, artifact in inputs.items()},
         counts={"model_name": name, "version": version, "alias": config.register.alias},
         files={},
     )

@@ -39,9 +39,6 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
         )
     files = {name: output.write_text(name, content) for name, content in tokenizer.files().items()}
     return output.commit(
-        format_version=FORMAT_VERSION,
-        settings=settings(config),
-        inputs={name: artifact.fingerprint for name, artifact in inputs.items()},
         counts={
             "name": tokenizer.name,
             "vocabulary_size": tokenizer.vocab_size,

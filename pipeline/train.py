@@ -62,7 +62,7 @@ from model.training import (
     train_step,
 )
 from pipeline import tracking
-from pipeline.artifacts import Artifact, FileRecord, Manifest
+from pipeline.artifacts import Artifact, FileRecord, Manifest, describe_difference
 from pipeline.config import Config, result_settings, to_yaml
 from pipeline.corpus.stream import TokenStream, ValidationStream
 from pipeline.tracking import Tracker
@@ -200,13 +200,9 @@ def open_run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -
     if output.exists(RUN_FILE):
         known = json.loads(output.read_text(RUN_FILE))
         if known["fingerprint"] != output.fingerprint:
-            rows = [
-                f"{key} was {known['settings'].get(key)!r} and is now {wanted.get(key)!r}"
-                for key in sorted({*known["settings"], *wanted})
-                if json.dumps(known["settings"].get(key)) != json.dumps(wanted.get(key))
-            ]
             raise ValueError(
-                f"The run {output.url} was started with another config: {'; '.join(rows) or 'its data differ'}."
+                f"The run {output.url} was started with another config:"
+                f" {describe_difference(known['settings'], wanted)}"
                 " Give this one another name (train.run), or delete that folder."
             )
     try:
@@ -336,9 +332,6 @@ def finish(
     if output.exists("ray"):
         output.filesystem.rm(output.file("ray"), recursive=True)  # Ray Train's own notes; it needs them no more
     return output.commit(
-        format_version=FORMAT_VERSION,
-        settings=settings(config),
-        inputs={name: artifact.fingerprint for name, artifact in inputs.items()},
         counts={
             "mlflow_run_id": job.mlflow_run_id,
             "steps": config.train.steps,

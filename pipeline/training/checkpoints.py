@@ -19,7 +19,7 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.artifacts import Artifact, Manifest, check_digest, record_file
+from pipeline.artifacts import Artifact, Manifest, Recipe, check_digest, record_file
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ class CheckpointStore:
         self._keep = keep
 
     def at(self, name: str) -> Artifact:
-        return Artifact(url=f"{self._run.url}/{FOLDER}/{name}", stage="checkpoint", fingerprint=self._run.fingerprint)
+        url = f"{self._run.url}/{FOLDER}/{name}"
+        return Artifact(url, "checkpoint", self._run.fingerprint, Recipe(FORMAT_VERSION))
 
     def names(self) -> list[str]:
         """List all folders, whole or not, the newest step first."""
@@ -98,9 +99,7 @@ class CheckpointStore:
                     files = {path.relative_to(folder).as_posix(): record_file(path) for path in paths}
                 else:
                     files = artifact.upload(folder)
-                artifact.commit(
-                    format_version=FORMAT_VERSION, settings={}, inputs={}, counts={"step": step, **counts}, files=files
-                )
+                artifact.commit({"step": step, **counts}, files)
         finally:
             if not local:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -48,7 +48,7 @@ def write_corpus(folder: Path, num_tokens: int) -> Artifact:
         pq.write_table(pa.table({"tokens": column}), path, row_group_size=rows, compression="zstd")
         files[f"train/{path.name}"] = record_file(path)
     artifact = Artifact(str(folder), "prepare", "0" * 20)
-    artifact.commit(format_version=1, settings={}, inputs={}, counts={}, files=files)
+    artifact.commit({}, files)
     return artifact
 
 

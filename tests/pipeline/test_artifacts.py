@@ -3,17 +3,18 @@ import pickle
 
 import pytest
 
-from pipeline.artifacts import Artifact, artifact_at, find_artifacts, fingerprint
+from pipeline.artifacts import Artifact, Recipe, artifact_at
 
 
 def commit(artifact: Artifact, **files: str) -> None:
     records = {name: artifact.write_text(name, text) for name, text in files.items()}
-    artifact.commit(format_version=1, settings={"steps": 3}, inputs={}, counts={"tokens": 5}, files=records)
+    artifact.commit({"tokens": 5}, records)
 
 
 @pytest.fixture
 def artifact(storage) -> Artifact:
-    return artifact_at(storage, "tiny", "prepare", fingerprint("prepare", 1, {"steps": 3}, {}))
+    recipe = Recipe(2, {"steps": 3}, {"tokenizer": "t" * 20})
+    return artifact_at(storage, "tiny", "prepare", recipe.fingerprint("prepare"), recipe=recipe)
 
 
 def test_an_artifact_is_done_only_after_its_manifest(artifact):
@@ -66,16 +67,33 @@ def test_the_manifest_of_another_config_is_not_taken_for_ours(artifact):
         other.manifest()
 
 
+def test_a_manifest_says_what_the_artifact_was_made_from(artifact):
+    commit(artifact)
+    manifest = artifact.manifest()
+    assert (manifest.format_version, manifest.settings, manifest.inputs, manifest.counts) == (
+        2,
+        {"steps": 3},
+        {"tokenizer": "t" * 20},
+        {"tokens": 5},
+    )
+
+
 def test_a_fingerprint_follows_settings_inputs_and_format_and_nothing_else():
-    base = fingerprint("train", 1, {"a": 1, "b": [2]}, {"prepare": "x"})
-    assert base == fingerprint("train", 1, {"b": (2,), "a": 1}, {"prepare": "x"})
+    base = Recipe(1, {"a": 1, "b": [2]}, {"prepare": "x"}).fingerprint("train")
+    assert base == Recipe(1, {"b": (2,), "a": 1}, {"prepare": "x"}).fingerprint("train")
     changed = {
-        fingerprint("evaluate", 1, {"a": 1, "b": [2]}, {"prepare": "x"}),
-        fingerprint("train", 2, {"a": 1, "b": [2]}, {"prepare": "x"}),
-        fingerprint("train", 1, {"a": 2, "b": [2]}, {"prepare": "x"}),
-        fingerprint("train", 1, {"a": 1, "b": [2]}, {"prepare": "y"}),
+        Recipe(1, {"a": 1, "b": [2]}, {"prepare": "x"}).fingerprint("evaluate"),
+        Recipe(2, {"a": 1, "b": [2]}, {"prepare": "x"}).fingerprint("train"),
+        Recipe(1, {"a": 2, "b": [2]}, {"prepare": "x"}).fingerprint("train"),
+        Recipe(1, {"a": 1, "b": [2]}, {"prepare": "y"}).fingerprint("train"),
     }
     assert len(changed | {base}) == 5
+
+
+def test_a_fingerprint_is_what_it_always_was():
+    """Artifacts that people have are found by it."""
+    recipe = Recipe(1, {"kind": "bpe", "sizes": [1, 2.5], "naïve": None}, {"source": "0" * 20})
+    assert recipe.fingerprint("tokenizer") == "c2d6ee69744d8db7261b"
 
 
 def test_a_folder_uploads_with_records_of_its_bytes(artifact, tmp_path):
@@ -86,12 +104,6 @@ def test_a_folder_uploads_with_records_of_its_bytes(artifact, tmp_path):
     assert artifact.list_files() == {"checkpoint/deep/a.bin": 5}
 
 
-def test_all_artifacts_of_a_pipeline_are_found(storage, artifact):
-    commit(artifact)
-    assert list(find_artifacts(storage, "tiny")) == [artifact]
-    assert list(find_artifacts(storage, "another")) == []
-
-
 def test_deleting_leaves_nothing(artifact):
     commit(artifact, **{"a.txt": "hello"})
     artifact.delete()
@@ -100,7 +112,9 @@ def test_deleting_leaves_nothing(artifact):
 
 
 def test_an_artifact_travels_to_a_worker(artifact):
-    assert pickle.loads(pickle.dumps(artifact)) == artifact
+    arrived = pickle.loads(pickle.dumps(artifact))
+    assert arrived == artifact
+    assert arrived.recipe == artifact.recipe
 
 
 def test_other_storage_is_refused_in_one_sentence():

@@ -35,7 +35,7 @@ def checkpoint(config: Config, inputs: dict[str, Artifact], folder: Path) -> tup
     save_model(folder / "export" / "checkpoint", model, tokenizer)
     artifact = artifact_at(config.storage, config.name, "train", "2" * 20)
     files = artifact.upload(folder / "export")
-    artifact.commit(format_version=1, settings={}, inputs={}, counts={}, files=files)
+    artifact.commit({}, files)
     return artifact, model
 
 

@@ -38,7 +38,7 @@ def tokenizer_in(storage: str) -> tuple[Artifact, Tokenizer]:
     tokenizer = train_bpe([" ".join(WORDS) * 3], 300)
     artifact = artifact_at(storage, "test", "tokenizer", "t" * 20)
     records = {name: artifact.write_text(name, content) for name, content in tokenizer.files().items()}
-    artifact.commit(format_version=1, settings={}, inputs={}, counts={}, files=records)
+    artifact.commit({}, records)
     return artifact, tokenizer
 
 

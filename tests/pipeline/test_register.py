@@ -17,7 +17,7 @@ def config(storage: str) -> Config:
 def finished(config: Config, stage: str, counts: dict[str, object], **files: str) -> Artifact:
     artifact = artifact_at(config.storage, config.name, stage, stage[0] * 20)
     records = {name: artifact.write_text(name, text) for name, text in files.items()}
-    artifact.commit(format_version=1, settings={}, inputs={}, counts=counts, files=records)
+    artifact.commit(counts, records)
     return artifact
 
 

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import ray.train
 
 from model.tokenizer import Tokenizer, train_bpe
-from pipeline import train
-from pipeline.artifacts import Artifact, Manifest, artifact_at, fingerprint
+from pipeline import orchestrator, train
+from pipeline.artifacts import Artifact, Manifest, artifact_at
 from pipeline.config import Config, load_config
 from pipeline.training.checkpoints import CheckpointStore
 from tests.mlflow_store import point_mlflow_at
@@ -57,7 +57,7 @@ def tiny_inputs(config: Config, *, documents: int = 400, vocabulary_size: int = 
     random_words = random.Random(3)
     texts = [" ".join(random_words.choices(WORDS, k=random_words.randint(5, 40))) + "." for _ in range(documents)]
     tokenizer = train_bpe(texts[:50], vocabulary_size)
-    made = artifact_at(config.storage, config.name, "tokenizer", fingerprint("tokenizer", 1, {}, {}))
+    made = artifact_at(config.storage, config.name, "tokenizer", "1" * 20)
     return {"tokenizer": write_tokenizer(made, tokenizer), "prepare": write_shards(config, tokenizer, texts)}
 
 
@@ -65,13 +65,13 @@ def write_tokenizer(artifact: Artifact, tokenizer: Tokenizer) -> Artifact:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder))
         files = artifact.upload(Path(folder))
-    artifact.commit(format_version=1, settings={}, inputs={}, counts={}, files=files)
+    artifact.commit({}, files)
     return artifact
 
 
 def write_shards(config: Config, tokenizer: Tokenizer, texts: list[str]) -> Artifact:
     """Write one Parquet shard per split, each document ended by the end of text, and the manifest."""
-    artifact = artifact_at(config.storage, config.name, "prepare", fingerprint("prepare", 1, {"n": len(texts)}, {}))
+    artifact = artifact_at(config.storage, config.name, "prepare", f"{len(texts):020}")
     counts: dict[str, object] = {
         "tokenizer_digest": tokenizer.digest,
         "vocabulary_size": tokenizer.vocab_size,
@@ -88,19 +88,14 @@ def write_shards(config: Config, tokenizer: Tokenizer, texts: list[str]) -> Arti
             "tokens": sum(len(row) for row in rows),
             "bytes": sum(len(text.encode()) for text in chosen),
         }
-    artifact.commit(format_version=1, settings={}, inputs={}, counts=counts, files=files)
+    artifact.commit(counts, files)
     return artifact
 
 
 def tiny_output(config: Config, inputs: dict[str, Artifact]) -> Artifact:
     """Name the training's artifact as the orchestrator does."""
-    stage_fingerprint = fingerprint(
-        "train",
-        train.FORMAT_VERSION,
-        train.settings(config),
-        {name: artifact.fingerprint for name, artifact in inputs.items()},
-    )
-    return artifact_at(config.storage, config.name, "train", stage_fingerprint, config.train.run)
+    stage = next(stage for stage in orchestrator.STAGES if stage.name == "train")
+    return orchestrator.name_output(stage, config, inputs)
 
 
 @dataclass(frozen=True)

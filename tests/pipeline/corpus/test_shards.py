@@ -24,7 +24,7 @@ def write_artifact(folder: Path, tables: list[pa.Table], records: dict[str, File
         pq.write_table(table, path, row_group_size=2)
         files[f"train/{path.name}"] = record_file(path)
     artifact = Artifact(str(folder), "prepare", "0" * 20)
-    artifact.commit(format_version=1, settings={}, inputs={}, counts={}, files=files | (records or {}))
+    artifact.commit({}, files | (records or {}))
     return artifact
 
 

@@ -32,7 +32,7 @@ def write_shards(folder: Path, train: Corpus, val: Corpus = (), *, wide: bool = 
             pq.write_table(pa.table({"tokens": tokens}), path, row_group_size=3)
             files[f"{split}/{path.name}"] = record_file(path)
     artifact = Artifact(str(folder), "prepare", "0" * 20)
-    artifact.commit(format_version=1, settings={}, inputs={}, counts={}, files=files)
+    artifact.commit({}, files)
     return artifact
 
 

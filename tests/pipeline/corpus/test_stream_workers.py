@@ -49,7 +49,7 @@ def write_shards(folder: Path, num_shards: int = 6) -> Artifact:
             pq.write_table(pa.table({"tokens": pa.array(documents, pa.list_(pa.uint16()))}), path, row_group_size=9)
             files[f"{split}/{path.name}"] = record_file(path)
     artifact = Artifact(str(folder), "prepare", "0" * 20)
-    artifact.commit(format_version=1, settings={}, inputs={}, counts={}, files=files)
+    artifact.commit({}, files)
     return artifact
 
 

@@ -4,9 +4,13 @@ from dataclasses import field
 from typing import Any
 
 
-def setting(default: Any, meaning: str, *, affects_result: bool = True) -> Any:
-    """Declare a field; `affects_result=False` keeps it out of fingerprints, so that changing it re-runs nothing."""
-    metadata = {"meaning": meaning, "affects_result": affects_result}
+def setting(default: Any, meaning: str, *, affects_result: bool = True, added_later: bool = False) -> Any:
+    """Declare a field; `affects_result=False` keeps it out of fingerprints, so that changing it re-runs nothing.
+
+    `added_later=True` keeps it out while it holds its default: what was made before the setting existed was made with
+    that, and is still found.
+    """
+    metadata = {"meaning": meaning, "affects_result": affects_result, "added_later": added_later}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -340,7 +340,12 @@ def result_settings(section: Any) -> dict[str, Any]:
         leaf.name: getattr(section, leaf.name)
         for leaf in dataclasses.fields(section)
         if leaf.metadata.get("affects_result", True)
+        and not (leaf.metadata.get("added_later") and getattr(section, leaf.name) == _default(leaf))
     }
+
+
+def _default(leaf: dataclasses.Field[Any]) -> Any:
+    return leaf.default if leaf.default_factory is dataclasses.MISSING else leaf.default_factory()
 
 
 def to_yaml(config: Config) -> str:

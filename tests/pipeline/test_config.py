@@ -1,7 +1,9 @@
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from model.settings import setting
 from pipeline.config import describe_settings, load_config, result_settings, to_yaml
 
 
@@ -72,3 +74,13 @@ def test_every_setting_says_what_it_means():
 def test_what_does_not_change_the_result_stays_out_of_the_fingerprint():
     assert "cache_folder" not in result_settings(load_config(None).stream)
     assert "steps" in result_settings(load_config(None).train)
+
+
+def test_a_setting_added_later_enters_the_fingerprint_once_it_is_used():
+    @dataclass(frozen=True)
+    class Section:
+        steps: int = setting(1, "there from the first day")
+        tasks: list[str] = setting([], "added on a later one", added_later=True)
+
+    assert result_settings(Section()) == {"steps": 1}
+    assert result_settings(Section(tasks=["blimp"])) == {"steps": 1, "tasks": ["blimp"]}

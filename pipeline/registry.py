@@ -17,9 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
 from model.checkpoint import load_model
-from model.engine import Engine, GenerationRequest
 from model.gpt import GPT
-from model.sampling import SamplingSettings
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.training import bits_per_byte
 
@@ -68,15 +66,12 @@ class VersionRecord:
 
 @dataclass(frozen=True)
 class LoadedVersion:
-    """What is known of a version that was loaded; its weights belong to the engine, which may repack them."""
+    """What is known of a version that was loaded; its weights belong to the backend, which may repack them."""
 
     record: VersionRecord
     tokenizer: Tokenizer
     context_length: int
     num_parameters: int
-    weights: str = ""  # how they are stored while serving: float32, bfloat16 or int8
-    probe_bits_per_byte: float = math.nan  # of the weights as registered
-    served_probe_bits_per_byte: float = math.nan  # of the weights as stored
 
 
 def resolve(name: str, selector: str) -> VersionRecord:
@@ -101,12 +96,21 @@ def resolve(name: str, selector: str) -> VersionRecord:
 def load(record: VersionRecord, device: torch.device) -> tuple[LoadedVersion, GPT]:
     """Download a version's checkpoint and load it; the files are removed again."""
     with tempfile.TemporaryDirectory(prefix="model-version-") as folder:
-        artifacts = mlflow.artifacts.download_artifacts(
-            artifact_uri=f"models:/{record.name}/{record.version}", dst_path=folder
-        )
-        checkpoint = find_checkpoint(Path(artifacts), record)
-        model = load_model(checkpoint, device=device).eval()
-        tokenizer = load_tokenizer(checkpoint)
+        return read(record, download(record, Path(folder)), device)
+
+
+def download(record: VersionRecord, folder: Path) -> Path:
+    """Copy a version's files into a folder and return the Hugging Face folder among them."""
+    artifacts = mlflow.artifacts.download_artifacts(
+        artifact_uri=f"models:/{record.name}/{record.version}", dst_path=str(folder)
+    )
+    return find_checkpoint(Path(artifacts), record)
+
+
+def read(record: VersionRecord, checkpoint: Path, device: torch.device) -> tuple[LoadedVersion, GPT]:
+    """Load a downloaded version onto a device."""
+    model = load_model(checkpoint, device=device).eval()
+    tokenizer = load_tokenizer(checkpoint)
     return LoadedVersion(record, tokenizer, model.config.context_length, model.num_parameters()), model
 
 
@@ -129,24 +133,6 @@ def measure_probe(model: GPT, tokenizer: Tokenizer) -> float:
     return bits_per_byte(nats, len(PROBE_TEXT.encode()))
 
 
-def measure_served_probe(engine: Engine, tokenizer: Tokenizer) -> float:
-    """The same number from an engine that nobody uses yet: what its way of storing weights made of it.
-
-    Raises `ValueError` if the engine does not answer.
-    """
-    settings = SamplingSettings(max_tokens=1, temperature=0.0, echo=True, logprobs=0)
-    nats = 0.0
-    for number, window in enumerate(probe_windows(tokenizer, engine.context_length)):
-        engine.add(GenerationRequest(f"probe-{number}", window, settings, deadline=None))
-        while engine.has_work:
-            for chunk in engine.step():
-                if chunk.finish_reason not in (None, "stop", "length"):
-                    raise ValueError(f"it does not answer ({chunk.finish_reason}: {chunk.error})")
-                if chunk.is_prompt:
-                    nats -= sum(each.logprob for each in chunk.logprobs or () if each.logprob is not None)
-    return bits_per_byte(nats, len(PROBE_TEXT.encode()))
-
-
 def probe_windows(tokenizer: Tokenizer, context_length: int) -> Iterator[list[int]]:
     """The probe text's tokens in parts that overlap by one, each leaving the context room for an answer of one."""
     ids = [tokenizer.end_of_text, *tokenizer.encode(PROBE_TEXT).tolist()]
@@ -164,19 +150,6 @@ def check_probe(record: VersionRecord, measured: float, tolerance: float) -> Non
             f"version {record.version} gives {measured:.3f} bits per byte on the probe text,"
             f" the registry says {expected:.3f}"
         )
-
-
-def check_answers(engine: Engine, tokenizer: Tokenizer) -> None:
-    """Let an engine that nobody uses yet complete a few words; raises `ValueError` if nothing comes of it."""
-    settings = SamplingSettings(max_tokens=4, temperature=0.0)
-    engine.add(GenerationRequest("probe", tokenizer.encode("The ").tolist(), settings, deadline=None))
-    for _ in range(64):
-        for chunk in engine.step():
-            if chunk.finish_reason in ("stop", "length"):
-                return
-            if chunk.finish_reason is not None:
-                raise ValueError(f"it does not answer ({chunk.finish_reason}: {chunk.error})")
-    raise ValueError("it does not answer")
 
 
 def read_card(record: VersionRecord) -> dict[str, Any]:

@@ -22,12 +22,12 @@ from ray.serve.config import AutoscalingConfig, HTTPOptions
 from ray.serve.schema import LoggingConfig
 
 from model.cores import count_cores
-from model.engine import EngineSettings
 from pipeline import registry, tracking
 from pipeline.artifacts import resolve_storage
 from pipeline.config import Config, ServeConfig
 from pipeline.serving.access import Access, ApiKey, is_local_host, read_keys
 from pipeline.serving.api import build_api
+from pipeline.serving.live_engine import engine_starter, max_active
 from pipeline.serving.metrics import ServingMetrics, merge_pages
 from pipeline.serving.versions import ServedModels
 
@@ -57,9 +57,8 @@ class CompletionServer:
         self.models = ServedModels(
             name,
             settings.versions,
-            engine_settings(settings),
+            engine_starter(settings),
             self.metrics,
-            max_active=settings.max_batch_size + settings.max_queue,
             device=device,
             probe_tolerance=settings.probe_tolerance,
             drain_seconds=settings.deadline_seconds,
@@ -89,7 +88,7 @@ class CompletionServer:
 
     def own_metrics(self) -> str:
         """This replica's metrics page."""
-        self.metrics.read_engines((each.record.version, each.live.stats()) for each in self.models.versions)
+        self.metrics.read_backends((each.record.version, each.backend.stats()) for each in self.models.versions)
         return self.metrics.page()
 
     async def __del__(self) -> None:
@@ -105,16 +104,6 @@ def choose_device(settings: ServeConfig) -> torch.device:
     if not torch.cuda.is_available():
         raise ValueError("serve.gpus_per_replica asks for a GPU, and torch finds none here.")
     return torch.device("cuda")
-
-
-def engine_settings(settings: ServeConfig) -> EngineSettings:
-    return EngineSettings(
-        max_batch_size=settings.max_batch_size,
-        cache_bytes=settings.cache_bytes,
-        prefill_chunk_tokens=settings.prefill_chunk_tokens,
-        max_queue=settings.max_queue,
-        weights=settings.weights,
-    )
 
 
 def build_app(config: Config) -> serve.Application:
@@ -141,7 +130,7 @@ def model_name(config: Config) -> str:
 
 def bind_app(name: str, settings: ServeConfig, tracking_uri: str, keys: tuple[ApiKey, ...] = ()) -> serve.Application:
     """The application of a registered model's name; the keys travel as hashes only."""
-    most = settings.max_batch_size + settings.max_queue
+    most = max_active(settings)
     scaling: dict[str, Any] = {"num_replicas": settings.replicas}
     if settings.max_replicas:
         autoscaling = AutoscalingConfig(
@@ -154,7 +143,7 @@ def bind_app(name: str, settings: ServeConfig, tracking_uri: str, keys: tuple[Ap
     deployment: Any = serve.deployment(  # its bind() has no type
         CompletionServer,
         name=DEPLOYMENT,
-        # Above what the engine takes, so that it is the engine's bound that answers, with a 429 and Retry-After.
+        # Above what the backend takes, so that it is the backend's bound that answers, with a 429 and Retry-After.
         max_ongoing_requests=2 * most + 64,
         max_queued_requests=2 * most + 64,
         graceful_shutdown_timeout_s=settings.deadline_seconds + 10,

@@ -58,6 +58,11 @@ def test_stages_never_import_one_another(stage: str) -> None:
     assert not set(imports_of(stage)) & (STAGES - {stage} | {"pipeline.orchestrator"})
 
 
+def test_only_the_live_engine_knows_the_engine() -> None:
+    knowing = {name for name in MODULES if name.startswith("pipeline.") and "model.engine" in set(imports_of(name))}
+    assert knowing == {"pipeline.serving.live_engine"}
+
+
 @pytest.mark.parametrize("module", [module for module in MODULES if not module.startswith("jobs.")])
 def test_ray_is_started_in_jobs_alone(module: str) -> None:
     calls = [node.func for node in ast.walk(ast.parse(source_of(module).read_text())) if isinstance(node, ast.Call)]

@@ -1,16 +1,32 @@
-"""Errors in OpenAI's shape: those of a replica, and those of Serve's proxy when a replica cannot speak any more.
+"""What can go wrong with a request, and its answer in OpenAI's shape: from a replica, or from Serve's proxy when the
+replica cannot speak any more.
 
-The proxy runs in a process of its own, so nothing here imports an engine.
+The proxy imports this file in a process of its own, so nothing here imports torch.
 """
 
 import json
+import logging
 from typing import Any
 
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+logger = logging.getLogger("ray.serve")
+
 LOST = "The replica that worked on this request was lost; send the request again."
+
+
+class Overloaded(Exception):
+    """No place for a request now; `retry_after` says in how many seconds there may be one."""
+
+    def __init__(self, reason: str, retry_after: int) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+class EngineDied(Exception):
+    """The backend has ended or hangs; nothing it was asked will be answered."""
 
 
 class ApiError(Exception):
@@ -44,6 +60,22 @@ def error_body(status: int, message: str, *, code: str | None = None, param: str
     default = "server_error" if status >= 500 else "invalid_request_error"
     kind = ERROR_TYPES.get(status, default)
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """The answer that an exception stands for."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, Overloaded):
+        wait = error.retry_after
+        return ApiError(429, f"{error} Try again in {wait} s.", code="overloaded", retry_after=wait)
+    if isinstance(error, EngineDied):
+        return ApiError(503, str(error), code="engine_failed", retry_after=5)
+    if isinstance(error, ValueError):
+        logger.warning("A request was refused with an error that nobody foresaw.", exc_info=error)
+        return ApiError(400, str(error))
+    logger.error("A request has failed.", exc_info=error)
+    return ApiError(500, "The server has failed on this request; its log says why.", code="internal_error")
 
 
 def proxy_middlewares() -> list[Middleware]:

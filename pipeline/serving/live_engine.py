@@ -1,25 +1,31 @@
-"""An engine at work: one thread steps it, an event loop adds requests and reads their chunks.
+"""The backend that is our own engine: one thread steps it, the event loop adds requests and reads their chunks.
 
-    live = LiveEngine(engine, max_active=80)
-    async with live.submit([request]) as ticket:
-        while chunks := await ticket.read(): ...
+    start = engine_starter(settings)
+    backend = await start(checkpoint, model, tokenizer)
 
 Whatever happens, every ticket ends: with its last chunk, or with the error that ended the thread.
 """
 
 import asyncio
-import contextlib
 import logging
 import math
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import TracebackType
+from pathlib import Path
 from typing import Any
 
-from model.engine import Chunk, Engine, GenerationRequest, QueueFull
+from model.engine import Engine, EngineSettings, QueueFull
+from model.gpt import GPT
+from model.sampling import SamplingSettings
+from model.sequence import Chunk, GenerationRequest
+from model.tokenizer import Tokenizer
+from pipeline.config import ServeConfig
+from pipeline.serving.backend import Backend, BackendStats, StartBackend, Ticket, most_tokens, sequences
+from pipeline.serving.errors import EngineDied, Overloaded
 
 PROMISE = 0.6  # share of a request's time that the work ahead may take by our measure: machines have bad moments
 RATE_WEIGHTS = (0.02, 0.3)  # of the newest step in our measure: one that remembers, and one that notices at once
@@ -27,90 +33,29 @@ RATE_WEIGHTS = (0.02, 0.3)  # of the newest step in our measure: one that rememb
 logger = logging.getLogger("ray.serve")
 
 
-class Overloaded(Exception):
-    """No place for a request now; `retry_after` says in how many seconds there may be one."""
+def engine_starter(settings: ServeConfig) -> StartBackend:
+    """Return what starts our engine with these settings."""
 
-    def __init__(self, reason: str, retry_after: int) -> None:
-        super().__init__(reason)
-        self.retry_after = retry_after
+    async def start(checkpoint: Path, model: GPT, tokenizer: Tokenizer) -> Backend:
+        engine = await asyncio.to_thread(Engine, model, tokenizer, engine_settings(settings))
+        return LiveEngine(engine, max_active=max_active(settings))
 
-
-class EngineDied(Exception):
-    """The engine's thread ended; nothing it was asked will be answered."""
+    return start
 
 
-class Ticket:
-    """The way of one or more requests through the engine, read by one coroutine on the event loop.
-
-    What is not yet read waits here, at most the tokens that the requests may generate; the engine never waits
-    for a reader. Leaving the `async with` cancels what still runs.
-    """
-
-    def __init__(self, live: "LiveEngine", requests: Sequence[GenerationRequest]) -> None:
-        self.requests = tuple(requests)
-        self.owed_tokens = sum(map(most_tokens, requests))  # at most still to come
-        self._live = live
-        self._chunks: list[Chunk] = []
-        self._arrived = asyncio.Event()
-        self._ended = asyncio.Event()
-        self._open = {(each.request_id, index) for each in requests for index in range(each.settings.n)}
-        self._error: Exception | None = None
-
-    async def __aenter__(self) -> "Ticket":
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._live.leave(self)
-
-    @property
-    def ended(self) -> bool:
-        return self._ended.is_set()
-
-    async def read(self) -> list[Chunk]:
-        """Wait for chunks and return all that have come since the last look; empty once every choice has finished."""
-        await self._arrived.wait()
-        chunks, self._chunks = self._chunks, []
-        if not self.ended:
-            self._arrived.clear()
-        if not chunks and self._error is not None:
-            raise self._error
-        return chunks
-
-    async def rest(self, seconds: float) -> None:
-        """Let chunks gather for a while, unless the last has come already."""
-        if seconds > 0 and not self.ended:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._ended.wait(), seconds)
-
-    def deliver(self, chunk: Chunk) -> None:
-        """On the loop: take one chunk from the engine."""
-        self._chunks.append(chunk)
-        if not chunk.is_prompt:
-            self.owed_tokens = max(0, self.owed_tokens - len(chunk.tokens))
-        if chunk.finish_reason is not None:
-            self._open.discard((chunk.request_id, chunk.index))
-            if not self._open:
-                self._ended.set()
-        self._arrived.set()
-
-    def fail(self, error: Exception) -> None:
-        """On the loop: end with an error."""
-        if not self.ended:
-            self._error = error
-            self._ended.set()
-            self._arrived.set()
+def engine_settings(settings: ServeConfig) -> EngineSettings:
+    return EngineSettings(
+        max_batch_size=settings.max_batch_size,
+        cache_bytes=settings.cache_bytes,
+        prefill_chunk_tokens=settings.prefill_chunk_tokens,
+        max_queue=settings.max_queue,
+        weights=settings.weights,
+    )
 
 
-def most_tokens(request: GenerationRequest) -> int:
-    """The most tokens that a request may generate."""
-    return request.settings.max_tokens * sequences(request)
-
-
-def sequences(request: GenerationRequest) -> int:
-    """How many places in the batch a request takes."""
-    return max(request.settings.num_candidates, request.settings.num_beams)
+def max_active(settings: ServeConfig) -> int:
+    """How many sequences one replica takes on: those running and those waiting."""
+    return settings.max_batch_size + settings.max_queue
 
 
 class LiveEngine:
@@ -118,6 +63,7 @@ class LiveEngine:
 
     def __init__(self, engine: Engine, *, max_active: int, stall_seconds: float = 60.0) -> None:
         self.engine = engine
+        self.weights: str = engine.runner.weights
         self.max_active = max_active  # sequences running and waiting
         self._rates = [0.0] * len(RATE_WEIGHTS)  # tokens per second while several requests run; 0 while unknown
         self.steps = 0
@@ -144,7 +90,7 @@ class LiveEngine:
         """Hand requests to the engine, all or none.
 
         Raises `Overloaded` if the queue is full or the work ahead cannot be done by their deadline,
-        `EngineDied` if there is no engine any more, `ValueError` if they are too many for any queue.
+        `EngineDied` if the engine's thread has ended, `ValueError` if they are more than fit at once.
         """
         self.check()
         wanted = sum(map(sequences, requests))
@@ -158,7 +104,7 @@ class LiveEngine:
         owed = self.owed_tokens + sum(map(most_tokens, requests))
         if active and self.tokens_per_second and owed / self.tokens_per_second > seconds_left:
             raise Overloaded("The work ahead takes longer than a request may.", self._seconds_to_drain())
-        ticket = Ticket(self, requests)
+        ticket = Ticket(requests)
         self._tickets |= {each.request_id: ticket for each in requests}
         self._idle.clear()
         self._tell(lambda: self._add(ticket))
@@ -194,8 +140,27 @@ class LiveEngine:
         await asyncio.to_thread(self._thread.join, 10)
         self._fail_all(EngineDied("The model was unloaded before this request finished."))
 
-    def stats(self) -> dict[str, Any]:
-        return self.engine.stats()
+    async def score(self, tokens: Sequence[int]) -> list[float]:
+        """Return the log-probability of each token after the first; raises `ValueError` if no answer comes."""
+        # The engine answers every request with at least one token, so the context must have room for one more.
+        settings = SamplingSettings(max_tokens=1, temperature=0.0, echo=True, logprobs=0)
+        ticket = self.submit([GenerationRequest(f"score-{uuid.uuid4().hex}", list(tokens), settings)])
+        found: list[float] = []
+        try:
+            while chunks := await ticket.read():
+                for chunk in chunks:
+                    if chunk.finish_reason not in (None, "stop", "length"):
+                        raise ValueError(f"it does not answer ({chunk.finish_reason}: {chunk.error})")
+                    if chunk.is_prompt:
+                        found += [each.logprob for each in chunk.logprobs or () if each.logprob is not None]
+        finally:
+            self.leave(ticket)
+        return found
+
+    def stats(self) -> BackendStats:
+        found = self.engine.stats()
+        cache_use = found["cache_used_tokens"] / max(1, found["cache_capacity_tokens"])
+        return BackendStats(found["running"], found["queue"], cache_use, found["steps"])
 
     @property
     def tokens_per_second(self) -> float:

@@ -7,6 +7,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from pipeline.serving.backend import BackendStats
+
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 SECONDS_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
 
@@ -45,15 +47,15 @@ class ServingMetrics:
     def _gauge(self, name: str, meaning: str) -> Any:
         return _Bound(Gauge(name, meaning, self._labels("version"), registry=self.registry), self._replica)
 
-    def read_engines(self, versions: Iterable[tuple[str, dict[str, Any]]]) -> None:
-        """Set the gauges from the engines that are in service: (version, statistics) of each."""
+    def read_backends(self, versions: Iterable[tuple[str, BackendStats]]) -> None:
+        """Set the gauges from the backends that are in service: (version, statistics) of each."""
         for gauge in (self.running, self.waiting, self.cache_use, self.steps):
             gauge.clear()
         for version, stats in versions:
-            self.running.labels(version).set(stats["running"])
-            self.waiting.labels(version).set(stats["queue"])
-            self.cache_use.labels(version).set(stats["cache_used_tokens"] / max(1, stats["cache_capacity_tokens"]))
-            self.steps.labels(version).set(stats["steps"])
+            self.running.labels(version).set(stats.running)
+            self.waiting.labels(version).set(stats.waiting)
+            self.cache_use.labels(version).set(stats.cache_use)
+            self.steps.labels(version).set(stats.steps)
 
     def page(self) -> str:
         return generate_latest(self.registry).decode()

@@ -6,19 +6,22 @@ probed. If it passes, new requests go to it, while the old one finishes what it 
 
 import asyncio
 import logging
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from model.engine import Engine, EngineSettings
+from model.gpt import GPT
 from pipeline import registry
 from pipeline.registry import LoadedVersion, VersionRecord
-from pipeline.serving.errors import ApiError
-from pipeline.serving.live_engine import EngineDied, LiveEngine
+from pipeline.serving.backend import Backend, StartBackend
+from pipeline.serving.errors import ApiError, EngineDied
 from pipeline.serving.metrics import ServingMetrics
+from pipeline.serving.probe import check_answers, measure_served_probe
 from pipeline.serving.protocol import ModelAnswer
 
 logger = logging.getLogger("ray.serve")
@@ -29,7 +32,9 @@ class LiveVersion:
     """A version that answers."""
 
     loaded: LoadedVersion
-    live: LiveEngine
+    backend: Backend
+    probe_bits_per_byte: float  # of the weights as registered
+    served_probe_bits_per_byte: float  # of the weights as the backend stores them
     card: dict[str, Any] = field(default_factory=dict)  # loss curves and links, read once in the background
 
     @property
@@ -70,19 +75,17 @@ class ServedModels:
         self,
         name: str,
         selectors: Sequence[str],
-        engine_settings: EngineSettings,
+        start_backend: StartBackend,
         metrics: ServingMetrics,
         *,
-        max_active: int,
         device: torch.device,
         probe_tolerance: float,
         drain_seconds: float,
     ) -> None:
         self.name = name
         self.selectors = tuple(selectors)
-        self._engine_settings = engine_settings
+        self._start_backend = start_backend
         self._metrics = metrics
-        self._max_active = max_active
         self._device = device
         self._probe_tolerance = probe_tolerance
         self._drain_seconds = drain_seconds
@@ -123,7 +126,7 @@ class ServedModels:
     def check(self) -> None:
         """Raise `EngineDied` if any version in service no longer works."""
         for version in self.versions:
-            version.live.check()
+            version.backend.check()
 
     async def watch(self, every_seconds: float) -> None:
         """Follow the aliases until cancelled."""
@@ -163,7 +166,7 @@ class ServedModels:
     async def close(self) -> None:
         for task in self._background:
             task.cancel()
-        await asyncio.gather(*(version.live.close(0) for version in self.versions))
+        await asyncio.gather(*(version.backend.close(0) for version in self.versions))
 
     def _seated(self, record: VersionRecord) -> LiveVersion | None:
         """The same version under another selector: one copy of the weights serves both."""
@@ -172,33 +175,37 @@ class ServedModels:
     async def _bring_up(self, record: VersionRecord) -> LiveVersion:
         """Load, probe and start one version; raises if it does not answer or is not what the registry says."""
         began = time.monotonic()
-        loaded, engine = await asyncio.to_thread(self._load_and_probe, record)
-        version = LiveVersion(loaded, LiveEngine(engine, max_active=self._max_active))
+        with tempfile.TemporaryDirectory(prefix="model-version-") as folder:
+            checkpoint = await asyncio.to_thread(registry.download, record, Path(folder))
+            loaded, model, probe = await asyncio.to_thread(self._read_and_probe, record, checkpoint)
+            backend = await self._start_backend(checkpoint, model, loaded.tokenizer)
+        try:
+            await check_answers(backend, loaded.tokenizer)
+            served = await measure_served_probe(backend, loaded.tokenizer, loaded.context_length)
+        except BaseException:
+            await backend.close(0)
+            raise
+        version = LiveVersion(loaded, backend, probe, served)
         self._in_background(self._fill_card(version))
         logger.info("Version %s of %s is loaded (%.1f s).", record.version, self.name, time.monotonic() - began)
+        logger.info(
+            "Its weights are stored as %s: %.4f bits per byte on the probe text, %+.4f against the registered weights.",
+            backend.weights, served, served - probe,
+        )  # fmt: skip
         return version
 
-    def _load_and_probe(self, record: VersionRecord) -> tuple[LoadedVersion, Engine]:
-        loaded, model = registry.load(record, self._device)
+    def _read_and_probe(self, record: VersionRecord, checkpoint: Path) -> tuple[LoadedVersion, GPT, float]:
+        loaded, model = registry.read(record, checkpoint, self._device)
         probe = registry.measure_probe(model, loaded.tokenizer)
         registry.check_probe(record, probe, self._probe_tolerance)
-        engine = Engine(model, loaded.tokenizer, self._engine_settings)
-        registry.check_answers(engine, loaded.tokenizer)
-        served = registry.measure_served_probe(engine, loaded.tokenizer)
-        weights = engine.runner.weights
-        logger.info(
-            "%s weights of version %s: %.4f bits per byte on the probe text, %+.4f beside the registered weights.",
-            weights, record.version, served, served - probe,
-        )  # fmt: skip
-        loaded = replace(loaded, weights=weights, probe_bits_per_byte=probe, served_probe_bits_per_byte=served)
-        return loaded, engine
+        return loaded, model, probe
 
     async def _fill_card(self, version: LiveVersion) -> None:
         version.card = await asyncio.to_thread(registry.read_card, version.record)
 
     async def _retire(self, version: LiveVersion) -> None:
         try:
-            await version.live.close(self._drain_seconds)
+            await version.backend.close(self._drain_seconds)
         except EngineDied:
             logger.exception("Version %s had already stopped.", version.record.version)
 
@@ -208,7 +215,7 @@ class ServedModels:
         task.add_done_callback(self._background.discard)
 
     def _describe(self, model_id: str, seat: Seat) -> ModelAnswer:
-        loaded = seat.version.loaded
+        version, loaded = seat.version, seat.version.loaded
         return ModelAnswer(
             id=model_id,
             created=loaded.record.created,
@@ -222,8 +229,8 @@ class ServedModels:
             bits_per_byte=loaded.record.bits_per_byte,
             context_length=loaded.context_length,
             vocabulary_size=loaded.tokenizer.vocab_size,
-            weights=loaded.weights,
-            probe_bits_per_byte=round(loaded.served_probe_bits_per_byte, 5),
-            probe_bits_per_byte_change=round(loaded.served_probe_bits_per_byte - loaded.probe_bits_per_byte, 5),
+            weights=version.backend.weights,
+            probe_bits_per_byte=round(version.served_probe_bits_per_byte, 5),
+            probe_bits_per_byte_change=round(version.served_probe_bits_per_byte - version.probe_bits_per_byte, 5),
             last_swap_error=seat.swap_error,
         )

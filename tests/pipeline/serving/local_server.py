@@ -11,9 +11,10 @@ import torch
 import uvicorn
 
 from pipeline.config import ServeConfig
-from pipeline.serve import engine_settings
 from pipeline.serving.access import Access, ApiKey
 from pipeline.serving.api import build_api
+from pipeline.serving.backend import StartBackend
+from pipeline.serving.live_engine import engine_starter
 from pipeline.serving.metrics import ServingMetrics
 from pipeline.serving.versions import ServedModels
 from tests.pipeline.tiny_registry import TinyRegistry
@@ -22,7 +23,13 @@ from tests.pipeline.tiny_registry import TinyRegistry
 class LocalServer:
     """Serves a tiny registry on a free port until `close`."""
 
-    def __init__(self, registry: TinyRegistry, settings: ServeConfig, keys: tuple[ApiKey, ...] = ()) -> None:
+    def __init__(
+        self,
+        registry: TinyRegistry,
+        settings: ServeConfig,
+        keys: tuple[ApiKey, ...] = (),
+        start_backend: StartBackend | None = None,
+    ) -> None:
         registry.current()
         self.registry = registry
         self.deadline_seconds = settings.deadline_seconds
@@ -32,9 +39,8 @@ class LocalServer:
         self.models = ServedModels(
             registry.name,
             settings.versions,
-            engine_settings(settings),
+            start_backend or engine_starter(settings),
             self.metrics,
-            max_active=settings.max_batch_size + settings.max_queue,
             device=torch.device("cpu"),
             probe_tolerance=settings.probe_tolerance,
             drain_seconds=10,
@@ -53,7 +59,7 @@ class LocalServer:
             raise self._error
 
     async def metrics_page(self) -> str:
-        self.metrics.read_engines((each.record.version, each.live.stats()) for each in self.models.versions)
+        self.metrics.read_backends((each.record.version, each.backend.stats()) for each in self.models.versions)
         return self.metrics.page()
 
     def call(self, work: Coroutine[Any, Any, Any]) -> Any:

@@ -1,9 +1,11 @@
 """The HTTP API, over a real engine and a tiny model: what it answers, and how it refuses."""
 
+import asyncio
 import json
 import math
 from collections.abc import Iterator
 from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,9 +14,10 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from model.engine import Engine, EngineSettings
 from pipeline import registry
 from pipeline.config import ServeConfig
+from pipeline.serving.live_engine import engine_starter
+from pipeline.serving.probe import measure_served_probe
 from pipeline.serving.protocol import CompletionRequest
 from tests.pipeline.serving.local_server import LocalServer
 from tests.pipeline.tiny_registry import TinyRegistry, tiny_tokenizer
@@ -336,8 +339,17 @@ def test_the_engine_measures_the_same_less_what_its_weights_cost(
     tiny_registry: TinyRegistry, weights: str, largest_change: float
 ) -> None:
     loaded, model = registry.load(registry.resolve("tiny", "1"), torch.device("cpu"))
-    engine = Engine(model, loaded.tokenizer, EngineSettings(max_batch_size=2, weights=weights))
-    change = registry.measure_served_probe(engine, loaded.tokenizer) - registry.measure_probe(model, loaded.tokenizer)
+    probe = registry.measure_probe(model, loaded.tokenizer)
+
+    async def measure() -> float:
+        start = engine_starter(ServeConfig(max_batch_size=2, weights=weights))
+        backend = await start(Path(), model, loaded.tokenizer)
+        try:
+            return await measure_served_probe(backend, loaded.tokenizer, loaded.context_length)
+        finally:
+            await backend.close(0)
+
+    change = asyncio.run(measure()) - probe
     assert abs(change) < largest_change
     if weights != "float32":
         assert abs(change) > 1e-6, "weights that lose precision show it"

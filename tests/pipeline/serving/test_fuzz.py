@@ -115,5 +115,5 @@ def test_ten_thousand_broken_requests_leave_memory_flat(server: LocalServer) -> 
     fuzz(server, 10_000, seed=3)
     grown = process.memory_info().rss - before
     assert httpx.get(f"{server.url}/readyz").status_code == 200
-    assert not server.models.versions[0].live.tickets
+    assert not server.models.versions[0].backend.tickets
     assert grown < 32 * 2**20, f"{grown / 2**20:.0f} MiB more"

@@ -53,7 +53,7 @@ def timed_post(server: LocalServer, body: dict[str, Any]) -> tuple[httpx.Respons
 
 
 def live_engine(server: LocalServer) -> Any:
-    return server.models.versions[0].live
+    return server.models.versions[0].backend
 
 
 def slow_down(server: LocalServer, seconds: float) -> None:
@@ -158,12 +158,12 @@ def test_leaving_frees_the_place_within_a_step(start: Start) -> None:
     slow_down(server, 0.05)
     live = live_engine(server)
     connection = open_stream(server, LONG)
-    until(lambda: live.stats()["running"] == 1)
+    until(lambda: live.stats().running == 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     connection.close()
     until(lambda: not live.tickets)
     steps = live.steps
-    until(lambda: live.stats()["running"] == 0)
+    until(lambda: live.stats().running == 0)
     assert live.steps - steps <= 2
 
 
@@ -172,7 +172,7 @@ def test_leaving_a_whole_answer_too(start: Start) -> None:
     slow_down(server, 0.05)
     with pytest.raises(httpx.ReadTimeout):
         post(server, LONG, timeout=0.4)
-    until(lambda: live_engine(server).stats()["running"] == 0, seconds=3)
+    until(lambda: live_engine(server).stats().running == 0, seconds=3)
 
 
 def test_slow_reader_holds_nobody_up(start: Start) -> None:
@@ -181,7 +181,7 @@ def test_slow_reader_holds_nobody_up(start: Start) -> None:
     began = time.monotonic()
     assert post(server, LONG).json()["usage"]["completion_tokens"] == 120
     assert time.monotonic() - began < 10
-    until(lambda: live_engine(server).stats()["running"] == 0)  # their tokens are made, whoever reads them
+    until(lambda: live_engine(server).stats().running == 0)  # their tokens are made, whoever reads them
     for connection in sleepers:
         connection.close()
 
@@ -208,7 +208,7 @@ def test_dead_engine_fails_requests_clearly(start: Start) -> None:
     slow_down(server, 0.01)
     with ThreadPoolExecutor(3) as pool:
         answers = [pool.submit(post, server, LONG) for _ in range(3)]
-        until(lambda: live.stats()["running"] == 3)
+        until(lambda: live.stats().running == 3)
 
         def broken_step() -> Any:
             raise RuntimeError("out of memory")

@@ -106,7 +106,7 @@ def test_tokens_are_tinted_by_their_surprise(page: Page) -> None:
 
 
 def test_stop(page: Page, server: LocalServer, complaints: list[str]) -> None:
-    engine = server.models.find(None)[1].live.engine
+    engine = server.models.find(None)[1].backend.engine
     step = engine.step
 
     def slow_step() -> Any:

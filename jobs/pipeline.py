@@ -1,4 +1,4 @@
-"""Run the whole pipeline: tokenizer, prepare, train, evaluate, register, and on request serve.
+"""Run the whole pipeline, from the tokenizer to the registry, and on request serve.
 
     python -m jobs.pipeline jobs/presets/demo.yaml [section.key=value ...] [--from STAGE] [--serve]
 
@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 from jobs.command import Command, ray_session
 from pipeline.config import Config
-
-STAGES = ("tokenizer", "prepare", "train", "evaluate", "register")
+from pipeline.stages import STAGES
 
 
 def run(config: Config, options: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.command import Command
+from pipeline.stages import STAGES
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD_SECONDS = 60.0
-JOBS = ("pipeline", "tokenizer", "prepare", "train", "evaluate", "register", "serve", "generate", "preflight")
+JOBS = ("pipeline", *STAGES, "serve", "generate", "preflight")
 
 
 def run(config: "Config", options: argparse.Namespace) -> int:

@@ -1,39 +1,36 @@
-"""Which stage comes next: every stage in order, each skipped when its artifact is already there.
+"""Which stage comes next: every stage of `stages.py` in order, each skipped when its artifact is already there.
 
-    tokenizer ─▶ prepare ─▶ train ─▶ evaluate ─▶ register
-
-Only this file knows all stages. A stage's fingerprint hashes its settings and its inputs' fingerprints, so a
-changed setting gives new fingerprints to exactly the stages that depend on it.
+A stage's fingerprint hashes its settings and its inputs' fingerprints, so a changed setting gives new
+fingerprints to exactly the stages that depend on it.
 """
 
+import importlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import ModuleType
+from typing import Any, Protocol, cast
 
-from pipeline import evaluate, lease, prepare, register, tokenizer, tracking, train
+from pipeline import lease, tracking
 from pipeline.artifacts import Artifact, Manifest, Recipe, artifact_at, describe_difference
 from pipeline.config import Config
 from pipeline.corpus.sources import fingerprint_source
+from pipeline.stages import STAGES
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One step of the pipeline: what it reads, and the module that does it."""
+class StageModule(Protocol):
+    """What a stage's module offers.
 
-    name: str
-    inputs: tuple[str, ...]
-    module: ModuleType
+    One whose result also lives elsewhere has `still_holds(config, manifest) -> bool` besides.
+    """
+
+    FORMAT_VERSION: int
+
+    def settings(self, config: Config) -> dict[str, Any]: ...
+
+    def run(self, config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Manifest: ...
 
 
-STAGES = (
-    Stage("tokenizer", ("source",), tokenizer),
-    Stage("prepare", ("source", "tokenizer"), prepare),
-    Stage("train", ("tokenizer", "prepare"), train),
-    Stage("evaluate", ("tokenizer", "prepare", "train"), evaluate),
-    Stage("register", ("tokenizer", "prepare", "train", "evaluate"), register),
-)
-STAGE_NAMES = tuple(stage.name for stage in STAGES)
+def module_of(stage: str) -> StageModule:
+    return cast(StageModule, importlib.import_module(f"pipeline.{stage}"))
 
 
 def locate(config: Config) -> dict[str, Artifact]:
@@ -41,16 +38,17 @@ def locate(config: Config) -> dict[str, Artifact]:
     source_fingerprint = fingerprint_source(config.source)
     artifacts = {"source": artifact_at(config.storage, config.name, "source", source_fingerprint)}
     for stage in STAGES:
-        artifacts[stage.name] = name_output(stage, config, artifacts)
+        artifacts[stage] = name_output(stage, config, artifacts)
     return artifacts
 
 
-def name_output(stage: Stage, config: Config, artifacts: Mapping[str, Artifact]) -> Artifact:
+def name_output(stage: str, config: Config, artifacts: Mapping[str, Artifact]) -> Artifact:
     """Name what a stage will make of these artifacts, with the recipe for it."""
-    inputs = {name: artifacts[name].fingerprint for name in stage.inputs}
-    recipe = Recipe(stage.module.FORMAT_VERSION, stage.module.settings(config), inputs)
-    folder = config.train.run if stage.name == "train" else ""
-    return artifact_at(config.storage, config.name, stage.name, recipe.fingerprint(stage.name), folder, recipe)
+    module = module_of(stage)
+    inputs = {name: artifacts[name].fingerprint for name in STAGES[stage]}
+    recipe = Recipe(module.FORMAT_VERSION, module.settings(config), inputs)
+    folder = config.train.run if stage == "train" else ""
+    return artifact_at(config.storage, config.name, stage, recipe.fingerprint(stage), folder, recipe)
 
 
 def run(
@@ -68,57 +66,58 @@ def run(
     """
     artifacts = locate(config)
     manifests: dict[str, Manifest] = {}
+    again = False
     with lease.hold(config.storage, config.name) as held:
-        for position, stage in enumerate(STAGES):
-            if only not in (None, stage.name):
+        for stage, names in STAGES.items():
+            again = again or stage == first
+            if only not in (None, stage):
                 continue
             held.check()
-            artifact = artifacts[stage.name]
-            again = first is not None and position >= STAGE_NAMES.index(first)
+            artifact = artifacts[stage]
             manifest = None if again else _finished(stage, config, artifact)
             if manifest is not None:
-                report(f"{stage.name:<9} done already: {artifact.url}")
+                report(f"{stage:<9} done already: {artifact.url}")
             else:
-                _check_inputs(stage, artifacts)
+                inputs = {name: artifacts[name] for name in names}
+                _check_inputs(stage, inputs)
                 if again:
                     artifact.delete()
-                report(f"{stage.name:<9} …")
+                report(f"{stage:<9} …")
                 began = time.monotonic()
-                inputs = {name: artifacts[name] for name in stage.inputs}
                 manifest = _run_through_outages(stage, config, inputs, artifact, report)
-                report(f"{stage.name:<9} done in {_duration(time.monotonic() - began)}: {artifact.url}")
-            manifests[stage.name] = manifest
+                report(f"{stage:<9} done in {_duration(time.monotonic() - began)}: {artifact.url}")
+            manifests[stage] = manifest
     return manifests
 
 
 def _run_through_outages(
-    stage: Stage, config: Config, inputs: Mapping[str, Artifact], artifact: Artifact, report: Callable[[str], None]
+    stage: str, config: Config, inputs: Mapping[str, Artifact], output: Artifact, report: Callable[[str], None]
 ) -> Manifest:
     """Run a stage; if MLflow goes away meanwhile, wait for it and go on with the same stage."""
     patience_minutes = config.train.mlflow_patience_minutes
     deadline = None
     while True:
         try:
-            return stage.module.run(config, inputs, artifact)
+            return module_of(stage).run(config, inputs, output)
         except Exception as error:
             if not tracking.is_outage(error):
                 raise
             deadline = deadline or time.monotonic() + 60 * patience_minutes
-            report(f"{stage.name:<9} waits for MLflow, for {patience_minutes:g} minutes: {tracking.first_line(error)}")
+            report(f"{stage:<9} waits for MLflow, for {patience_minutes:g} minutes: {tracking.first_line(error)}")
             if not tracking.wait_for_answer(config, deadline):
                 raise
 
 
-def _check_inputs(stage: Stage, artifacts: Mapping[str, Artifact]) -> None:
-    for name in stage.inputs:
-        if name != "source" and not artifacts[name].is_done:
+def _check_inputs(stage: str, inputs: Mapping[str, Artifact]) -> None:
+    for name, artifact in inputs.items():
+        if name != "source" and not artifact.is_done:
             raise ValueError(
-                f"{stage.name} needs the {name} stage with these settings, which is not done;"
+                f"{stage} needs the {name} stage with these settings, which is not done;"
                 f" run python -m jobs.{name} (or jobs.pipeline) first."
             )
 
 
-def _finished(stage: Stage, config: Config, artifact: Artifact) -> Manifest | None:
+def _finished(stage: str, config: Config, artifact: Artifact) -> Manifest | None:
     found = artifact.any_manifest()
     if found is None:
         return None
@@ -128,8 +127,8 @@ def _finished(stage: Stage, config: Config, artifact: Artifact) -> Manifest | No
             f" {describe_difference(found.settings, artifact.recipe.settings)}"
             f" Give it another name (train.run), or delete that folder."
         )
-    # A stage whose result also lives elsewhere (the registry) says whether it is still there.
-    holds: Callable[[Config, Manifest], bool] | None = getattr(stage.module, "still_holds", None)
+    # The registry, where register's result also lives, may have lost it.
+    holds: Callable[[Config, Manifest], bool] | None = getattr(module_of(stage), "still_holds", None)
     return found if holds is None or holds(config, found) else None
 
 

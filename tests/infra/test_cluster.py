@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.stages import STAGES
 from tests.infra.manifests import ROOT
 from tests.infra.running_cluster import TINY, MetricNames, RunningCluster, require_postgresql
 from tests.infra.test_grafana import DASHBOARDS, metrics_of
@@ -81,13 +82,13 @@ def test_starting_it_again_changes_nothing(running: RunningCluster) -> None:
 
 def test_the_whole_pipeline_runs_with_storage_on_s3_alone(running: RunningCluster, first: str) -> None:
     log = running.log(first)
-    for stage in ("tokenizer", "prepare", "train", "evaluate", "register"):
+    for stage in STAGES:
         assert re.search(rf"^{stage} +done in .*s3://gpt/artifacts/first/", log, re.MULTILINE), stage
         assert running.manifest("first", stage)["stage"] == stage
     assert running.keys("mlflow/"), "MLflow's artifacts lie on S3 too"
 
 
-@pytest.mark.parametrize("job", ["tokenizer", "prepare", "train", "evaluate", "register"])
+@pytest.mark.parametrize("job", STAGES)
 def test_each_job_alone_finds_what_the_pipeline_made(running: RunningCluster, first: str, job: str) -> None:
     submitted = running.submit("first", "train.steps=40", job=job)
     assert running.wait_end(submitted) == "SUCCEEDED", running.log(submitted)[-2000:]

@@ -10,13 +10,12 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import mlflow
 import pytest
 
-from pipeline import orchestrator, tracking
+from pipeline import evaluate, orchestrator, tracking
+from pipeline.artifacts import artifact_at
 from pipeline.config import Config, load_config
 from pipeline.tracking import Tracker
 
@@ -201,8 +200,9 @@ def test_a_stage_waits_for_a_server_that_went_away(tmp_path: Path, monkeypatch: 
             said.append(words)
             server.enter_context(mlflow_server(tmp_path, port))
 
-        stage: Any = orchestrator.Stage("evaluate", (), SimpleNamespace(run=run))
-        done: Any = orchestrator._run_through_outages(stage, config, {}, None, report)
+        monkeypatch.setattr(evaluate, "run", run)
+        output = artifact_at(config.storage, config.name, "evaluate", "0" * 20)
+        done: object = orchestrator._run_through_outages("evaluate", config, {}, output, report)
         assert done == "done"
         with pytest.raises(mlflow.exceptions.MlflowException) as refused:
             mlflow.MlflowClient().get_run("0" * 32)

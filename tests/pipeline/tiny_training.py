@@ -94,8 +94,7 @@ def write_shards(config: Config, tokenizer: Tokenizer, texts: list[str]) -> Arti
 
 def tiny_output(config: Config, inputs: dict[str, Artifact]) -> Artifact:
     """Name the training's artifact as the orchestrator does."""
-    stage = next(stage for stage in orchestrator.STAGES if stage.name == "train")
-    return orchestrator.name_output(stage, config, inputs)
+    return orchestrator.name_output("train", config, inputs)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def generate(config: "Config", prompt: str, options: argparse.Namespace) -> Iter
         stop=tuple(options.stop),
     )
     tracking.connect(config)
-    record = registry.resolve(config.register.model_name or config.name, options.version)
+    record = registry.resolve(config.registered_name, options.version)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded, model = registry.load(record, device)
     yield from stream_text(model, loaded.tokenizer, prompt, settings)

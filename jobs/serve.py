@@ -70,12 +70,12 @@ def serving(config: "Config") -> Iterator[str]:
 
 def serve_until_stopped(config: "Config") -> None:
     """Serve until Ctrl-C or SIGTERM; what has begun to be answered is finished."""
-    from pipeline.serve import describe_access, model_name
+    from pipeline.serve import describe_access
     from pipeline.serving.access import read_keys
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with serving(config) as address:
-        name = model_name(config)
+        name = config.registered_name
         print(
             f"\nserving       {', '.join(f'{name}@{selector}' for selector in config.serve.versions)}\n"
             f"playground    {address}/\n"

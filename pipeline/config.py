@@ -280,6 +280,11 @@ class Config:
         )
         require(0 <= self.seed < 2**63, "seed must be at least 0 and below 2^63.")
 
+    @property
+    def registered_name(self) -> str:
+        """The registered model's name in MLflow: as set, or the pipeline's."""
+        return self.register.model_name or self.name
+
 
 def load_config(preset: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a preset over the defaults, then `section.key=value` overrides over the preset.

@@ -38,19 +38,14 @@ SIGNATURE = ModelSignature(
 
 
 def settings(config: Config) -> dict[str, Any]:
-    return result_settings(config.register) | {"model_name": model_name(config)}
-
-
-def model_name(config: Config) -> str:
-    """The registered model's name: as set, or the pipeline's."""
-    return config.register.model_name or config.name
+    return result_settings(config.register) | {"model_name": config.registered_name}
 
 
 def still_holds(config: Config, manifest: Manifest) -> bool:
     """Tell whether the registry still has this version under this alias."""
     tracking.connect(config)
     try:
-        version = mlflow.MlflowClient().get_model_version_by_alias(model_name(config), config.register.alias)
+        version = mlflow.MlflowClient().get_model_version_by_alias(config.registered_name, config.register.alias)
     except MlflowException:
         return False
     return str(version.version) == str(manifest.counts["version"])
@@ -64,7 +59,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
     assert prepared is not None
     tracking.connect(config)
     client = mlflow.MlflowClient()
-    name = model_name(config)
+    name = config.registered_name
     version = find_version(client, name, output.fingerprint)
     if version is None:
         tags = {
@@ -95,7 +90,7 @@ def log_version(
     config: Config, client: mlflow.MlflowClient, train: Artifact, trained: Manifest, tags: dict[str, str]
 ) -> str:
     """Copy the checkpoint into MLflow as a pyfunc model (code and safetensors, no pickle) and register it."""
-    name = model_name(config)
+    name = config.registered_name
     with tempfile.TemporaryDirectory() as folder:
         records = {key: record for key, record in trained.files.items() if key.startswith("checkpoint/")}
         checkpoint = train.download(Path(folder), records) / "checkpoint"

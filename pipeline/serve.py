@@ -8,7 +8,6 @@
 
 import asyncio
 import logging
-import os
 import socket
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +22,6 @@ from ray.serve.schema import LoggingConfig
 
 from model.cores import count_cores
 from pipeline import registry, tracking
-from pipeline.artifacts import resolve_storage
 from pipeline.config import Config, ServeConfig
 from pipeline.serving.access import Access, ApiKey, is_local_host, read_keys
 from pipeline.serving.api import build_api
@@ -113,19 +111,16 @@ def build_app(config: Config) -> serve.Application:
     """
     tracking_uri = tracking.connect(config)
     for selector in config.serve.versions:
-        registry.resolve(model_name(config), selector)
-    return bind_app(model_name(config), config.serve, tracking_uri, read_keys())
+        registry.resolve(config.registered_name, selector)
+    return bind_app(config.registered_name, config.serve, tracking_uri, read_keys())
 
 
 def describe_app(config: Config) -> serve.Application:
-    """Describe the application from the settings alone: `serve build` may run where no registry can be reached."""
-    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{resolve_storage(config.storage)}/mlflow.db"
-    return bind_app(model_name(config), config.serve, tracking_uri, read_keys())
+    """Describe the application from the settings alone: `serve build` may run where no registry can be reached.
 
-
-def model_name(config: Config) -> str:
-    """The registered model's name: as set, or the pipeline's."""
-    return config.register.model_name or config.name
+    Raises `ValueError` where storage is not local and MLFLOW_TRACKING_URI names no server.
+    """
+    return bind_app(config.registered_name, config.serve, tracking.address(config), read_keys())
 
 
 def bind_app(name: str, settings: ServeConfig, tracking_uri: str, keys: tuple[ApiKey, ...] = ()) -> serve.Application:

@@ -189,8 +189,8 @@ class ServedModels:
         self._in_background(self._fill_card(version))
         logger.info("Version %s of %s is loaded (%.1f s).", record.version, self.name, time.monotonic() - began)
         logger.info(
-            "Its weights are stored as %s: %.4f bits per byte on the probe text, %+.4f against the registered weights.",
-            backend.weights, served, served - probe,
+            "Its weights are stored as %s: %.4f bits per byte on the probe text; the registered weights have %.4f.",
+            backend.weights, served, probe,
         )  # fmt: skip
         return version
 

@@ -160,9 +160,21 @@ def test_two_versions_side_by_side(page: Page, complaints: list[str]) -> None:
 
 def test_card_shows_the_model_and_its_curve(page: Page) -> None:
     card = page.locator(".card")
-    for fact in ("58,592", "2.5000", "128 tokens", "0123456789ab"):
+    for fact in ("58,592", "2.5000", "128 tokens", "0123456789ab", "stored as float32: no loss of quality measured"):
         expect(card).to_contain_text(fact)
     expect(card.locator("svg path")).to_have_count(2)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (0.00004, "no loss of quality measured"),
+        (0.0021, "0.0021 bits per byte worse than registered"),
+        (-0.0021, "0.0021 bits per byte better than registered"),
+    ],
+)
+def test_card_says_in_words_what_the_storage_of_weights_costs(page: Page, change: float, says: str) -> None:
+    assert page.evaluate(f"() => costOf({change})") == says
 
 
 def test_phone_and_dark(browser: Browser, server: LocalServer, complaints: list[str]) -> None:

@@ -115,12 +115,17 @@ def test_openai_client_through_the_proxy(endpoint: str) -> None:
 
 
 def test_a_stream_comes_as_it_is_made(http: httpx.Client) -> None:
-    times = []
-    with http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as answer:
-        assert answer.headers["x-model-version"]
-        times = [time.monotonic() for line in answer.iter_lines() if line.startswith("data: {")]
-    assert len(times) > 50
-    assert times[-1] - times[0] > 10 * (times[1] - times[0]) / 2
+    """Its first token is here before half of the time that the last one takes: a proxy that gathers would show."""
+
+    def came_early() -> bool:
+        began = time.monotonic()
+        with http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as answer:
+            assert answer.headers["x-model-version"]
+            seconds = [time.monotonic() - began for line in answer.iter_lines() if line.startswith("data: {")]
+        assert len(seconds) > 50
+        return seconds[0] < seconds[-1] / 2
+
+    until(came_early)  # a busy machine may take long to begin one answer
 
 
 def test_metrics_are_of_all_replicas(http: httpx.Client) -> None:

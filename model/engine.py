@@ -11,12 +11,10 @@ the step it ends. `step` belongs to one thread; `add` and `cancel` may be called
 """
 
 import logging
-import math
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,10 +22,10 @@ import torch
 from torch import Tensor
 
 from model.beams import Beams
-from model.cpu.kernel import KernelRunner, kernel_cache_dtype, load_kernel
+from model.cores import count_cores
 from model.gpt import GPT
 from model.runner import WEIGHTS, Runner, TorchRunner, cache_bytes_per_token, compute_dtype
-from model.sampling import SamplingSettings, TokenLogprob, choose, penalize, token_logprobs, uniform
+from model.sampling import SamplingSettings, TokenLogprob, are_numbers, choose, penalize, token_logprobs, uniform
 from model.sequence import Chunk, FinishReason, GenerationRequest, Sequence, Work
 from model.settings import require
 from model.tokenizer import Tokenizer
@@ -52,11 +50,13 @@ class EngineSettings:
     max_lookup_tokens: int = 8  # the most that a request's prompt_lookup_tokens may be
     weights: str = "auto"  # auto (bfloat16 where it is fast), as_is, float32, bfloat16 or int8
     backend: str = "auto"  # auto, torch, or kernel (the C++ forward pass; CPU only)
+    threads: int = 0  # of the kernel; 0: the cores that may be used
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "cache_bytes", "prefill_chunk_tokens", "max_queue"):
             require(getattr(self, name) > 0, f"The engine's {name} must be positive.")
-        require(self.max_lookup_tokens >= 0, "The engine's max_lookup_tokens cannot be negative.")
+        for name in ("max_lookup_tokens", "threads"):
+            require(getattr(self, name) >= 0, f"The engine's {name} cannot be negative.")
         require(
             self.weights in WEIGHTS, f"The engine's weights are {self.weights!r}; they can be {', '.join(WEIGHTS)}."
         )
@@ -131,6 +131,13 @@ class Engine:
     def cancel(self, request_id: str) -> None:
         """Stop a request at the next step; one that is not known, or has ended, is nothing to do."""
         self._cancelled.append(request_id)
+
+    def enter_thread(self) -> None:
+        """Prepare the calling thread to step this engine and do nothing else: torch itself may keep to one core in it.
+
+        Optional: steps of a thread that was not prepared give the same tokens, more slowly.
+        """
+        self.runner.enter_thread()
 
     @property
     def has_work(self) -> bool:
@@ -213,16 +220,14 @@ class Engine:
             return []
         try:
             logits = self.runner.run([item for _, _, work in scheduled for item in work])
-            with self._one_thread():
-                healthy = [math.isfinite(highest) for highest in logits.amax(-1).tolist()]
+            healthy = are_numbers(logits)
         except Exception as error:
             if len(scheduled) > 1:
                 # Running again alone is harmless (it writes the same keys and values) and finds whose fault it was.
                 return [chunk for one in scheduled if self._knows(one[0]) for chunk in self._advance([one])]
             log.exception("A step failed for request %s.", scheduled[0][0].request.request_id)
             return self._end(scheduled[0][0], "error", f"The model failed with {type(error).__name__}.")
-        with self._one_thread():
-            return self._take_tokens(scheduled, logits, healthy)
+        return self._take_tokens(scheduled, logits, healthy)
 
     def _take_tokens(self, scheduled: list[Scheduled], logits: Tensor, healthy: list[bool]) -> list[Chunk]:
         """Choose from the logits [rows, V] of everybody's work, and say what came of it."""
@@ -243,23 +248,6 @@ class Engine:
                 for source, target in task.advance(part):
                     self.runner.copy(source, target, task.num_cached)
         return chunks + self._emit([(answer, task) for answer, task, _ in rows])
-
-    @contextmanager
-    def _one_thread(self) -> Iterator[None]:
-        """Keep torch to one thread beside the kernel's.
-
-        Torch's second thread, once woken for some rows of logits, spins for a while after; the kernel's own thread
-        does not get that core meanwhile, and the next pass of 16 rows took half as long again.
-        """
-        threads = torch.get_num_threads()
-        if threads == 1 or not isinstance(self.runner, KernelRunner):
-            yield
-            return
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
 
     def _read(self, answer: Answer, task: Task, work: list[Work], logits: Tensor) -> list[tuple[Answer, Task, Tensor]]:
         """Note what of a prompt has run; return the texts that have logits [rows, V] to choose tokens from."""
@@ -418,10 +406,15 @@ def build_runner(model: GPT, settings: EngineSettings) -> Runner:
     """Choose what runs the model here, with as many slots as the cache's bound allows."""
     device = model.embedding.weight.device.type
     require(settings.backend != "kernel" or device == "cpu", "The engine's backend=kernel is for the CPU.")
-    kernel = load_kernel() if device == "cpu" and settings.backend != "torch" else None
+    kernel = None
+    if device == "cpu" and settings.backend != "torch":
+        with suppress(ModuleNotFoundError):  # without the folder model/cpu torch serves, more slowly
+            from model.cpu.kernel import KernelRunner, kernel_cache_dtype, load_kernel
+
+            kernel = load_kernel()
     require(
         settings.backend != "kernel" or kernel is not None,
-        "The engine's backend=kernel needs a C++ compiler; install one, or take backend=auto.",
+        "The engine's backend=kernel needs the folder model/cpu and a C++ compiler; take backend=auto without them.",
     )
     weights = settings.weights
     if weights == "auto":
@@ -439,5 +432,7 @@ def build_runner(model: GPT, settings: EngineSettings) -> Runner:
         f"the engine's cache_bytes allow {settings.cache_bytes}.",
     )
     if kernel is not None:
-        return KernelRunner(kernel, model, num_slots, weights, settings.max_lookup_tokens)
+        return KernelRunner(
+            kernel, model, num_slots, weights, settings.max_lookup_tokens, settings.threads or count_cores()
+        )
     return TorchRunner(model, num_slots, weights, settings.max_lookup_tokens, use_graph=settings.backend != "torch")

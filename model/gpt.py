@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig
-from model.cpu import attention
 from model.settings import require
+
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 IGNORED = -100  # a target that carries no loss
 VOCABULARY_MULTIPLE = 64  # matrix units of GPUs want whole tiles: 50,257 rows are slower than 50,304
@@ -74,6 +75,14 @@ class AttentionContext:
     visible: int = 0  # keys that the furthest query may see
 
 
+def torch_causal_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Softmax of scaled scores times values, [B, H, T, D] by [B, K, T, D]; a query sees its own position and those
+    before.
+    """
+    is_grouped = queries.shape[1] != keys.shape[1]
+    return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=is_grouped)
+
+
 class Attention(nn.Module):
     """Causal self-attention over one fused projection to queries, keys and values."""
 
@@ -89,6 +98,7 @@ class Attention(nn.Module):
         if config.is_modern:
             self.query_norm = RMSNorm(self.head_dim, eps=config.norm_epsilon)
             self.key_norm = RMSNorm(self.head_dim, eps=config.norm_epsilon)
+        self.causal_attention: AttentionFunction = torch_causal_attention  # `parallelize` may put a faster one here
 
     def forward(self, x: Tensor, context: AttentionContext, layer: int) -> Tensor:
         batch, length, _ = x.shape
@@ -105,8 +115,8 @@ class Attention(nn.Module):
             assert context.positions is not None
             keys, values = context.cache.write(layer, keys, values, context.slots, context.positions, context.visible)
             keys, values = keys.to(queries.dtype), values.to(queries.dtype)
-        if context.mask is None and not self.dropout and attention.pays(queries, keys):
-            mixed = attention.causal_attention(queries, keys, values)
+        if context.mask is None and not self.dropout:
+            mixed = self.causal_attention(queries, keys, values)
         else:
             mixed = F.scaled_dot_product_attention(
                 queries,

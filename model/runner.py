@@ -34,6 +34,9 @@ class Runner(Protocol):
     def clear(self, slot: int) -> None:
         """Forget what a slot holds, after a failure: masked or not, a NaN spreads."""
 
+    def enter_thread(self) -> None:
+        """Prepare the thread that will call `run` from now on, and nothing else beside the engine."""
+
     def weight_bytes(self) -> int:
         """Return the memory that the weights take."""
 
@@ -130,6 +133,9 @@ class TorchRunner:
     def clear(self, slot: int) -> None:
         self.cache.keys[:, slot] = 0
         self.cache.values[:, slot] = 0
+
+    def enter_thread(self) -> None:
+        """Do nothing: the model's own operations need all of torch's threads."""
 
     def weight_bytes(self) -> int:
         tensors = [*self.model.parameters(), *self.model.buffers()]

@@ -131,6 +131,13 @@ def uniform(seed: int, candidate: int, position: int) -> float:
     return int.from_bytes(digest, "little") / 2**48
 
 
+def are_numbers(logits: Tensor) -> list[bool]:
+    """Tell for each row of logits [N, V] whether something can be chosen from it: no NaN, and a finite maximum."""
+    # numpy, as in `choose`: it needs no second thread.
+    highest = logits.float().numpy().max(-1) if logits.device.type == "cpu" else logits.amax(-1)
+    return [math.isfinite(value) for value in highest.tolist()]
+
+
 def penalize(logits: Tensor, settings: SamplingSettings, prompt: Sequence[int], generated: Sequence[int]) -> None:
     """Apply penalties and biases to one row [V], in place: repetition counts the prompt, the others do not."""
     if settings.repetition_penalty != 1:

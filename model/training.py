@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from inspect import signature
 from typing import Any, Protocol
@@ -23,11 +23,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from model.cpu.attention import HAS_BFLOAT16_UNITS
 from model.gpt import GPT, Block, chunked_cross_entropy, cross_entropy_gradient
 from model.optimizer import Optimizer
 
 STRATEGIES = ("none", "ddp", "fsdp")
+
+# A CPU without such units (AVX-512 BF16 or AMX) emulates bfloat16, ten times slower than float32.
+HAS_BFLOAT16_UNITS = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 # DDP reduces a bucket of gradients as soon as the backward pass has filled it. 25 MB, PyTorch's default, is some
 # four layers of a 50M model: small enough to start early, large enough to use the network's full bandwidth.
@@ -134,8 +136,8 @@ def parallelize(
     its input alone for the backward pass (activation checkpointing, arXiv:1604.06174).
     """
     assert strategy in STRATEGIES, strategy
-    for block in model.blocks:
-        assert isinstance(block, Block)
+    blocks = [block for block in model.blocks if isinstance(block, Block)]
+    for block in blocks:
         block.recomputes = recompute
     module = LossModule(model)
     device = model.embedding.weight.device
@@ -145,12 +147,18 @@ def parallelize(
         if strategy == "none" and torch.get_num_threads() > 1 and not model.config.dropout:
             module = SharedLoss(model, torch.get_num_threads())
     if compile:
-        # Block by block, not as a whole: one block's code serves them all, and the backward pass stays a chain of
-        # pieces between which DDP and FSDP2 send gradients while the next piece computes.
-        # Run by C++, a block lets go of Python's lock, so that the threads of `SharedLoss` do not wait for each other.
-        # What has activations computed again cannot be run so (torch 2.13).
+        if device.type == "cpu":
+            with suppress(ModuleNotFoundError):  # without the folder model/cpu training is slower, no more
+                from model.cpu.attention import fastest_attention
+
+                for block in blocks:
+                    block.attention.causal_attention = fastest_attention
+        # Each block is compiled by itself: one block's code serves all of them, and the backward pass remains a chain
+        # of blocks, so DDP and FSDP2 send the gradients of one while the next computes.
+        # A block that C++ runs lets go of Python's lock, so the threads of `SharedLoss` do not wait for each other.
+        # In torch 2.13 C++ cannot run a block that computes its activations again.
         options: Any = {"cpp_wrapper": True} if isinstance(module, SharedLoss) and not recompute else None
-        for block in model.blocks:
+        for block in blocks:
             block.compile(dynamic=False, options=options)
         # The loss's chunks differ only in the last one's length.
         chunk_gradient = torch.compile(cross_entropy_gradient, dynamic=False, options=options)
@@ -158,7 +166,7 @@ def parallelize(
     if strategy == "fsdp":
         policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        for block in model.blocks:
+        for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         # The loss needs no cast of its integers; the root holds embedding, last norm and head.
         fully_shard(module, mesh=mesh, mp_policy=policy)

@@ -1,1 +1,1 @@
-"""Faster ways on a CPU: without this folder everything works, more slowly."""
+"""What makes a CPU fast: without this folder everything works, more slowly."""

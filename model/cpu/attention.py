@@ -1,7 +1,8 @@
-"""Causal attention for training on a CPU, block by block: what the mask throws away is not computed.
+"""Causal attention for training on a CPU. It goes block by block and skips the blocks that the mask throws away.
 
-PyTorch's own does so too on the way forward; its backward pass is the slow one, by half in float32 and twice over in
-bfloat16. Compiled, so that the passes over the scores are fused, these two are faster, each in its precision.
+PyTorch's attention skips them too in its forward pass. Its backward pass is slow: it takes half as long again in
+float32, and three times as long in bfloat16. The two forms here are faster, each in its precision, once they are
+compiled, which fuses the passes over the scores.
 """
 
 from typing import Any
@@ -9,19 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Of the block sizes 64 to 512, the fastest: on EPYCs (Zen 3 and Zen 5), and on a Xeon whose matrix units make products
-# cheap.
+from model.gpt import torch_causal_attention
+from model.training import HAS_BFLOAT16_UNITS
+
+# The fastest of the block sizes 64 to 512: the first on EPYCs (Zen 3 and Zen 5), the second on a Xeon whose matrix
+# units make products cheap.
 KEPT_BLOCK = 128
 RECOMPUTED_BLOCK = 512
 HAS_MATRIX_UNITS = torch.cpu._is_amx_tile_supported()
-# Without either a CPU emulates bfloat16, ten times slower than float32.
-HAS_BFLOAT16_UNITS = torch.cpu._is_avx512_bf16_supported() or HAS_MATRIX_UNITS
-MAX_KEPT_LENGTH = 1024  # beyond, the probabilities would be the largest of all that is kept for the backward pass
+MAX_KEPT_LENGTH = 1024  # of a longer text, nothing that the backward pass needs would take as much memory
+
+
+def fastest_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Compute causal attention by the block-wise form where that is the faster one, else by PyTorch's.
+
+    The choice depends on shapes and precision alone, so a compiled model makes it once for each, while it is compiled.
+    """
+    return (causal_attention if pays(queries, keys) else torch_causal_attention)(queries, keys, values)
 
 
 def pays(queries: Tensor, keys: Tensor) -> bool:
-    """Whether this beats PyTorch's own: compiled, on a CPU that multiplies in the precision, and for float32 with
-    several whole blocks to leave out.
+    """Tell whether the block-wise form is faster than PyTorch's: compiled, on a CPU with units for the precision, and
+    in float32 only if there are several whole blocks.
     """
     suits = HAS_BFLOAT16_UNITS if queries.dtype == torch.bfloat16 else queries.dtype == torch.float32
     return (
@@ -35,10 +45,10 @@ def pays(queries: Tensor, keys: Tensor) -> bool:
 
 
 def is_worth_keeping(queries: Tensor) -> bool:
-    """Whether `KeptAttention` suits these lengths, and nothing is faster for the precision.
+    """Tell whether `KeptAttention` is the faster form for these lengths and this precision.
 
-    PyTorch's forward pass in bfloat16 is the faster one with matrix units, and the slower one, three times over,
-    without: there it multiplies in float32.
+    In bfloat16 PyTorch's forward pass, which `RecomputedAttention` uses, is the faster one on matrix units. Without
+    them PyTorch multiplies in float32 and takes three times as long.
     """
     length = queries.shape[2]
     in_whole_blocks = KEPT_BLOCK < length <= MAX_KEPT_LENGTH and length % KEPT_BLOCK == 0

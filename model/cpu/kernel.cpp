@@ -45,17 +45,17 @@ enum Type { FLOAT32, BFLOAT16, INT8 };
 
 // -- Threads ----------------------------------------------------------------------------------------------------------
 
-// Threads that share the items of one stage after another. Whoever is free takes the next item, and a stage ends when
-// its items are done, not when every thread has come by: on a busy machine one that is not scheduled holds up nobody.
+// Threads that share the items of one stage after another. Whichever thread is free takes the next item, and a stage
+// ends when its items are done, not when every thread has come by: a thread that a busy machine does not schedule holds
+// up nobody. A pass says how many threads take part; those that it does not need sleep on.
 class Crew {
    public:
-    explicit Crew(int threads) : threads_(threads) {
-        for (int thread = 1; thread < threads; ++thread) std::thread([this, thread] { help(thread); }).detach();
-    }
     int threads() const { return threads_; }
 
-    void wake() {
-        awake_.store(1);
+    void wake(int threads) {
+        threads_ = threads;
+        for (; started_ < threads; ++started_) std::thread([this, thread = started_] { help(thread); }).detach();
+        awake_.store(threads);
         awake_.notify_all();
     }
     void rest() { awake_.store(0); }
@@ -69,7 +69,7 @@ class Crew {
         call_ = [](const void* context, int item, int thread) { (*(const Work*)context)(item, thread); };
         context_ = &work;
         done_.store(0, std::memory_order_relaxed);
-        ticket_.store(++stage_ << 2 * BITS | (uint64_t)items << BITS, std::memory_order_release);
+        ticket_.store((uint64_t)threads_ << 2 * BITS | (uint64_t)items << BITS, std::memory_order_release);
         while (take(0)) {
         }
         for (int spins = 0; done_.load(std::memory_order_acquire) != items;) pause(spins);
@@ -81,9 +81,11 @@ class Crew {
 
     bool take(int thread) {
         uint64_t ticket = ticket_.load(std::memory_order_acquire);
-        do
+        do {
             if ((ticket & MASK) == (ticket >> BITS & MASK)) return false;
-        while (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel, std::memory_order_acquire));
+            // One that went on looking after a pass of more threads: this pass has no memory for it.
+            if (thread >= (int)(ticket >> 2 * BITS)) return false;
+        } while (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel, std::memory_order_acquire));
         // The stage cannot end before this item is done, so what it calls stays as it is.
         call_(context_, ticket & MASK, thread);
         done_.fetch_add(1, std::memory_order_release);
@@ -92,8 +94,12 @@ class Crew {
 
     void help(int thread) {
         for (;;) {
-            awake_.wait(0);
-            for (int spins = 0; awake_.load(std::memory_order_relaxed);)
+            const int awake = awake_.load();
+            if (awake <= thread) {
+                awake_.wait(awake);
+                continue;
+            }
+            for (int spins = 0; awake_.load(std::memory_order_relaxed) > thread;)
                 if (take(thread))
                     spins = 0;
                 else
@@ -108,11 +114,11 @@ class Crew {
 #endif
     }
 
-    const int threads_;
-    uint64_t stage_ = 0;
-    std::atomic<uint64_t> ticket_{0};  // the stage, how many items it has, and the next of them
+    int threads_ = 1;  // that take part in this pass, the caller's among them
+    int started_ = 1;
+    std::atomic<uint64_t> ticket_{0};  // of a stage: how many threads may take its items, how many it has, the next one
     std::atomic<int> done_{0};
-    std::atomic<int> awake_{0};
+    std::atomic<int> awake_{0};  // threads with numbers below this look for items
     void (*call_)(const void*, int, int) = nullptr;
     const void* context_ = nullptr;
 };
@@ -660,12 +666,12 @@ template <class W, class C> void run(Crew& crew, const Model& model, const Batch
 }
 
 extern "C" int32_t forward(const Model* model, const Batch* batch) {
-    // One crew per process and one pass at a time: more would only share the same cores.
+    // One crew per process and one pass at a time: more would only share the same cores. It is never freed, because its
+    // threads wait in it until the process ends.
     static std::mutex turn;
-    static Crew* crew = nullptr;
+    static Crew* const crew = new Crew();
     const std::lock_guard<std::mutex> lock(turn);
-    if (!crew || crew->threads() != batch->threads) crew = new Crew(batch->threads);
-    crew->wake();
+    crew->wake(batch->threads);
     const auto pass = [&](auto weight) {
         using W = decltype(weight);
         if (model->cache_type == FLOAT32)

@@ -1,7 +1,7 @@
-"""`KernelRunner`: the engine's fast way on a CPU, through the C++ forward pass of kernel.cpp.
+"""`KernelRunner` runs the model for the engine on a CPU, through the C++ forward pass of kernel.cpp.
 
-The source is compiled once per machine, with the first C++ compiler found, into the user's cache folder. Where
-that does not succeed, `load_kernel` says why and returns None, and `TorchRunner` serves in its place.
+`load_kernel` compiles the source once per machine, with the first C++ compiler it finds, into the user's cache folder.
+Where that fails it says why and returns None, and the engine takes `TorchRunner`.
 """
 
 import ctypes
@@ -37,7 +37,7 @@ TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}  # `Type` in kernel.cpp
 
 @functools.cache
 def load_kernel() -> ctypes.CDLL | None:
-    """Return the compiled forward pass, compiling it first where this machine has not yet; None where it cannot."""
+    """Return the compiled forward pass; it is compiled at the first call on a machine. None if it cannot be."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
     try:
         library = _library_path(compiler)
@@ -56,7 +56,9 @@ def load_kernel() -> ctypes.CDLL | None:
 
 
 def _library_path(compiler: str | None) -> Path:
-    """Name the library by all that decides its machine code: a cache folder may be shared between machines."""
+    """Return where the library is kept. Its name is a hash of all that decides its machine code, because machines of
+    different kinds may share a cache folder.
+    """
     cpu = Path("/proc/cpuinfo")
     features = (
         next((line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
@@ -72,7 +74,7 @@ def _library_path(compiler: str | None) -> Path:
 def _compile(compiler: str, library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        # Built aside and moved, so that processes starting together never load half a file.
+        # The compiler writes elsewhere and the file is moved: a process that starts meanwhile never loads half of it.
         built = Path(folder) / library.name
         subprocess.run(
             [compiler, *FLAGS, str(SOURCE), "-o", str(built)], check=True, capture_output=True, text=True, timeout=300
@@ -148,11 +150,11 @@ def kernel_cache_dtype(weights: str) -> torch.dtype:
 class HugePages:
     """Zeroed memory in large pages, where the system has them.
 
-    A pass reads all weights once. In pages of 4 KiB, each of which the processor has to look up, that and the
-    reading of the cache took 5 to 7 % longer.
+    A pass reads all weights once, and the processor has to look up the address of every page. With pages of 4 KiB
+    reading the weights and the cache took 5 to 7 % longer.
     """
 
-    BLOCK_BYTES = 2**26  # what is not used of a block takes address space, but no memory
+    BLOCK_BYTES = 2**26  # the unused end of a block takes address space, but no memory
     ALIGNMENT = 64  # bytes: a line of the processor's cache
 
     def __init__(self) -> None:
@@ -171,10 +173,16 @@ class HugePages:
 
 
 class KernelRunner:
-    """Runs all work of a step in one call; its promise is kept by the kernel, which computes every row alone."""
+    """Runs all work of a step in one call of the kernel, on `threads` threads.
 
-    def __init__(self, kernel: ctypes.CDLL, model: GPT, num_slots: int, weights: str, max_draft_tokens: int) -> None:
+    The kernel computes every row alone, so what a slot gets does not depend on the other slots.
+    """
+
+    def __init__(
+        self, kernel: ctypes.CDLL, model: GPT, num_slots: int, weights: str, max_draft_tokens: int, threads: int
+    ) -> None:
         config = model.config
+        self.threads = threads
         self.num_slots = num_slots
         self.weights = weights
         self.cache_dtype = kernel_cache_dtype(weights)
@@ -229,8 +237,7 @@ class KernelRunner:
             slots += [item.slot] * len(item.tokens)
             positions += range(item.start, item.start + len(item.tokens))
             logit_rows += range(len(tokens) - item.num_logits, len(tokens))
-        threads = torch.get_num_threads()
-        needed = self._kernel.workspace_floats(ctypes.byref(self._model), len(tokens), threads)
+        needed = self._kernel.workspace_floats(ctypes.byref(self._model), len(tokens), self.threads)
         if len(self._workspace) < needed:
             self._workspace = torch.empty(needed)
         inputs = [torch.tensor(values, dtype=torch.int32) for values in (tokens, slots, positions, logit_rows)]
@@ -238,7 +245,7 @@ class KernelRunner:
         batch = _Batch(
             len(tokens),
             len(logit_rows),
-            threads,
+            self.threads,
             *(tensor.data_ptr() for tensor in inputs),
             self._workspace.data_ptr(),
             logits.data_ptr(),
@@ -252,7 +259,19 @@ class KernelRunner:
         self.values[:, target, :, :, :num_tokens] = self.values[:, source, :, :, :num_tokens]
 
     def clear(self, slot: int) -> None:
-        """Nothing to do: a row reads no position behind its own, and those it reads are its text's."""
+        """Do nothing: a row reads only the positions up to its own, and its own text has written all of those."""
+
+    def enter_thread(self) -> None:
+        """Keep torch's own operations in the calling thread to one core.
+
+        The engine chooses tokens with torch after each pass. Woken for some rows of logits, torch's second thread
+        spins for a while afterwards, and the kernel's second thread does not get that core: a pass of 16 rows took
+        half as long again. `torch.set_num_threads` would also decide with how many threads every later thread of the
+        process begins, so this sets OpenMP's number, which belongs to the calling thread alone.
+        """
+        torch.get_num_threads()  # torch sets a thread's number at its first use, so this has to come before
+        with suppress(AttributeError):  # a torch that was built without OpenMP
+            ctypes.CDLL(torch._C.__file__).omp_set_num_threads(1)
 
     def weight_bytes(self) -> int:
         return self._weight_bytes
@@ -302,7 +321,7 @@ class KernelRunner:
         )
 
     def _keep(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> int:
-        """Copy a tensor to where it stays, and return its address."""
+        """Copy a tensor to memory that this runner keeps, and return its address."""
         kept = self._memory.zeros(tensor.shape, dtype).copy_(tensor.detach())
         self._tensors.append(kept)
         self._weight_bytes += kept.numel() * kept.element_size()

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from model.cores import count_cores
 from model.engine import Engine, EngineSettings, QueueFull
 from model.gpt import GPT
 from model.sampling import SamplingSettings
@@ -50,6 +51,7 @@ def engine_settings(settings: ServeConfig) -> EngineSettings:
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
         max_queue=settings.max_queue,
         weights=settings.weights,
+        threads=settings.threads or count_cores(),
     )
 
 
@@ -196,6 +198,7 @@ class LiveEngine:
     def _run(self) -> None:
         began = time.monotonic()
         try:
+            self.engine.enter_thread()
             while not self._closing:
                 self._wake.clear()
                 while self._inbox:

@@ -35,6 +35,7 @@ def bare_milliseconds(rounds: int, name: str) -> float:
 
     loaded, model = registry.load(registry.resolve(name, "long"), torch.device("cpu"))
     engine = Engine(model, loaded.tokenizer, EngineSettings())
+    engine.enter_thread()
     times = []
     for number in range(rounds):
         began = time.perf_counter()

@@ -5,14 +5,18 @@ import random
 import shutil
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import model as model_room
+from model.cores import count_cores
 from model.engine import Chunk, Engine, EngineSettings, GenerationRequest, QueueFull, SamplingSettings, TokenLogprob
 from model.gpt import GPT, ModelConfig
 from model.sequence import Work
@@ -23,8 +27,10 @@ FAMILIES = {
     "modern": ModelConfig(num_layers=2, width=48, num_heads=4, num_kv_heads=2, head_dim=20, context_length=CONTEXT),
     "classic": ModelConfig(family="classic", num_layers=2, width=48, num_heads=4, context_length=CONTEXT),
 }
+HAS_KERNEL_SOURCE = (Path(model_room.__file__).parent / "cpu/kernel.cpp").exists()
 needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="the kernel needs a C++ compiler"
+    not HAS_KERNEL_SOURCE or not any(map(shutil.which, ("c++", "g++", "clang++"))),
+    reason="the kernel needs the folder model/cpu and a C++ compiler",
 )
 RUNNERS = [
     pytest.param(("torch", "float32"), id="torch"),
@@ -198,6 +204,27 @@ def test_the_cache_never_exceeds_its_bound() -> None:
     assert small.stats()["cache_bytes"] <= 3 * CONTEXT * token
     with pytest.raises(ValueError, match="cache_bytes allow 10"):
         engine(cache_bytes=10)
+
+
+@needs_compiler
+def test_an_engine_built_while_another_answers_gets_as_many_threads() -> None:
+    busy = engine(threads=2)
+    busy.add(request("a", max_tokens=40, seed=1))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+
+    def step_and_build() -> tuple[int, int]:
+        busy.enter_thread()
+        busy.step()
+        with ThreadPoolExecutor(1) as others:  # as a new version is loaded: in a thread that begins now
+            return others.submit(lambda: (engine().runner.threads, torch.get_num_threads())).result()
+
+    try:
+        with ThreadPoolExecutor(1) as stepping:
+            assert stepping.submit(step_and_build).result() == (count_cores(), 2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 # -- Leaving ----------------------------------------------------------------------------------------------------------

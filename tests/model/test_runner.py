@@ -1,5 +1,9 @@
 """What runs the model: the ways agree with one another, and each keeps its slots apart."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -36,11 +40,11 @@ def random_model(shape: str) -> GPT:
     return model.eval()
 
 
-def kernel_runner(model: GPT, weights: str, num_slots: int = 3) -> KernelRunner:
+def kernel_runner(model: GPT, weights: str, num_slots: int = 3, threads: int = 2) -> KernelRunner:
     kernel = load_kernel()
     if kernel is None:
         pytest.skip("needs a C++ compiler")
-    return KernelRunner(kernel, model, num_slots, weights, max_draft_tokens=4)
+    return KernelRunner(kernel, model, num_slots, weights, max_draft_tokens=4, threads=threads)
 
 
 def random_tokens(length: int = 40) -> list[int]:
@@ -67,19 +71,49 @@ def test_the_kernel_computes_what_torch_computes(shape: str, weights: str) -> No
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_kernel_gives_a_token_the_same_bits_however_it_is_run(shape: str, weights: str, threads: int) -> None:
     tokens, others = random_tokens(), random_tokens()[::-1]
-    runner = kernel_runner(random_model(shape), weights)
+    runner = kernel_runner(random_model(shape), weights, threads=threads)
+    whole = runner.run([Work(1, 0, tokens, len(tokens))])
+    pieces, at = [], 0
+    for length in (1, 2, 7, 13, 6, 5, 3, 2, 1):  # heights of tiles that differ, other slots beside them or not
+        piece = Work(2, at, tokens[at : at + length], length)
+        beside = [Work(0, at, others[at : at + length], 1)] if length % 2 else []
+        pieces.append(runner.run([*beside, piece])[len(beside) :])
+        at += length
+    assert at == len(tokens)
+    assert torch.equal(torch.cat(pieces), whole)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads where Linux lists them")
+def test_the_kernel_keeps_its_threads_when_their_number_changes() -> None:
+    runner, work = kernel_runner(random_model("modern"), "bfloat16"), [Work(0, 0, random_tokens(), 1)]
+    expected, counts = runner.run(work), []
+    for _ in range(20):
+        for runner.threads in (1, 4, 2, 3):
+            assert torch.equal(runner.run(work), expected)
+        counts.append(len(list(Path("/proc/self/task").iterdir())))
+    assert len(set(counts)) == 1
+
+
+def test_a_thread_that_steps_an_engine_keeps_torch_to_one_core_and_no_other_thread() -> None:
+    runner = kernel_runner(random_model("modern"), "bfloat16")
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(3)
+    entered, seen = threading.Event(), threading.Event()
+
+    def step() -> int:
+        runner.enter_thread()
+        entered.set()
+        seen.wait(60)
+        return torch.get_num_threads()
+
     try:
-        whole = runner.run([Work(1, 0, tokens, len(tokens))])
-        pieces, at = [], 0
-        for length in (1, 2, 7, 13, 6, 5, 3, 2, 1):  # heights of tiles that differ, other slots beside them or not
-            piece = Work(2, at, tokens[at : at + length], length)
-            beside = [Work(0, at, others[at : at + length], 1)] if length % 2 else []
-            pieces.append(runner.run([*beside, piece])[len(beside) :])
-            at += length
-        assert at == len(tokens)
-        assert torch.equal(torch.cat(pieces), whole)
+        with ThreadPoolExecutor(2) as pool:
+            stepping = pool.submit(step)
+            entered.wait(60)
+            assert pool.submit(torch.get_num_threads).result() == 3, "a thread that begins meanwhile"
+            assert torch.get_num_threads() == 3
+            seen.set()
+            assert stepping.result() == 1
     finally:
         torch.set_num_threads(before)
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from model.cpu import attention
-from model.gpt import GPT, ModelConfig
+from model.gpt import GPT, ModelConfig, torch_causal_attention
 from model.training import autocast, parallelize
 
 
@@ -45,6 +45,28 @@ def test_in_bfloat16_it_is_off_by_the_rounding_alone(
 def test_it_is_for_compiled_training_alone() -> None:
     queries = torch.randn(1, 1, 256, 8, requires_grad=True)
     assert not attention.pays(queries, queries)
+    for compile in (False, True):
+        model = GPT(ModelConfig(num_layers=1, width=16, num_heads=2, context_length=8), 70)
+        parallelize(model, compile=compile)
+        chosen = {block.attention.causal_attention for block in model.blocks}
+        assert chosen == {attention.fastest_attention if compile else torch_causal_attention}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("has_documents", [False, True])
+def test_masks_and_dropout_are_left_to_torch(has_documents: bool, dropout: float) -> None:
+    model = GPT(ModelConfig("classic", num_layers=2, width=16, num_heads=2, context_length=8, dropout=dropout), 70)
+    calls = []
+
+    def counted(*parts: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return torch_causal_attention(*parts)
+
+    for block in model.blocks:
+        block.attention.causal_attention = counted
+    tokens = torch.arange(8)[None]
+    model.loss(tokens, tokens, tokens // 4 if has_documents else None)
+    assert len(calls) == (0 if has_documents or dropout else 2)
 
 
 def test_probabilities_are_kept_where_that_is_the_faster_way(monkeypatch: pytest.MonkeyPatch) -> None:

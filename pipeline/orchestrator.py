@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 from pipeline import lease, tracking
 from pipeline.artifacts import Artifact, Manifest, Recipe, artifact_at, describe_difference
 from pipeline.config import Config
-from pipeline.corpus.sources import fingerprint_source
+from pipeline.corpus.files import fingerprint_source
 from pipeline.stages import STAGES
 
 

@@ -11,7 +11,7 @@ import ray
 from model.tokenizer import NAMED_TOKENIZERS, PATTERNS, Tokenizer, build_char, check_pattern, named_tokenizer, train_bpe
 from pipeline.artifacts import Artifact, Manifest
 from pipeline.config import Config, SourceConfig, TokenizerConfig, result_settings
-from pipeline.corpus.sources import iterate_text
+from pipeline.corpus.formats import iterate_text
 
 FORMAT_VERSION = 1
 

@@ -25,10 +25,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from model.tokenizer import Tokenizer
 from pipeline.artifacts import Artifact, FileRecord, check_digest
 
 FOOTER_BYTES = 65_536  # more than the footer of a shard of 50 row groups; a longer one costs a second read
 GIGABYTE = 10**9
+ROW_GROUP_TOKENS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -250,3 +252,80 @@ def _write_tokens(source: Path, shard: Shard, target: Path) -> None:
             raise ValueError(f"{shard.where} holds {written} tokens; its footer says {shard.num_tokens}.")
         file.flush()
         os.fsync(file.fileno())  # or a power cut leaves a whole-looking file of zeros under the final name
+
+
+# Writing ----------------------------------------------------------------------------------------------------------
+
+
+class ShardWriter:
+    """Collects documents into row groups, row groups into files, and writes each file whole."""
+
+    def __init__(self, output: Artifact, name: str, tokenizer: Tokenizer, most_tokens: int = 0) -> None:
+        """`name` may hold a place for a number: then a new file begins after `most_tokens`."""
+        self._output = output
+        self._name = name
+        self._most_tokens = most_tokens
+        self._schema = pa.schema(
+            [pa.field("tokens", pa.list_(pa.field("element", pa.from_numpy_dtype(tokenizer.dtype), nullable=False)))],
+            metadata={
+                "tokenizer": tokenizer.name,
+                "tokenizer_digest": tokenizer.digest,
+                "vocabulary_size": str(tokenizer.vocab_size),
+                "end_of_text": str(tokenizer.end_of_text),
+            },
+        )
+        self._end = np.array([tokenizer.end_of_text], dtype=tokenizer.dtype)
+        self._files: dict[str, FileRecord] = {}
+        self._sink: pa.BufferOutputStream | None = None
+        self._clear_group()
+        self._file_tokens = 0
+
+    def add(self, ids: np.ndarray) -> None:
+        """Add one document; its end is marked here."""
+        self._documents += [ids, self._end]
+        self._ends.append(self._ends[-1] + len(ids) + 1)
+        if self._ends[-1] >= ROW_GROUP_TOKENS:
+            self._write_group()
+            if 0 < self._most_tokens <= self._file_tokens:
+                self._close_file()
+
+    def close(self) -> dict[str, FileRecord]:
+        """Write what is left, and return the record of every file."""
+        self._write_group()
+        self._close_file()
+        return self._files
+
+    def _clear_group(self) -> None:
+        self._documents: list[np.ndarray] = []
+        self._ends = [0]
+
+    def _write_group(self) -> None:
+        if not self._documents:
+            return
+        if self._sink is None:
+            self._sink = pa.BufferOutputStream()
+            # Splitting the bytes halves the time of writing, reads faster and is a tenth smaller than a dictionary.
+            self._writer = pq.ParquetWriter(
+                self._sink,
+                self._schema,
+                compression="zstd",
+                use_dictionary=False,
+                column_encoding={"tokens.list.element": "BYTE_STREAM_SPLIT"},
+                write_statistics=False,
+            )
+        tokens = pa.array(np.concatenate(self._documents))
+        lists = pa.ListArray.from_arrays(
+            pa.array(np.array(self._ends, dtype=np.int32)), tokens, type=self._schema.field("tokens").type
+        )
+        self._writer.write_table(pa.table([lists], schema=self._schema), row_group_size=len(lists))
+        self._file_tokens += self._ends[-1]
+        self._clear_group()
+
+    def _close_file(self) -> None:
+        if self._sink is None:
+            return
+        self._writer.close()
+        name = self._name.format(len(self._files))
+        self._files[name] = self._output.write_bytes(name, self._sink.getvalue().to_pybytes())
+        self._sink = None
+        self._file_tokens = 0

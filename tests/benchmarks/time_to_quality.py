@@ -49,7 +49,7 @@ def read_texts(path: str | None) -> list[str]:
     """Documents of a .jsonl (column `text`) or .txt file; without one, the documentation that Python carries."""
     if path is None:
         from pipeline.config import SourceConfig
-        from pipeline.corpus.sources import iterate_text
+        from pipeline.corpus.formats import iterate_text
 
         return list(iterate_text(SourceConfig()))
     content = Path(path).read_text(encoding="utf-8")

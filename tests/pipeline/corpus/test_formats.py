@@ -24,7 +24,8 @@ from warcio.warcwriter import WARCWriter
 
 from pipeline.config import SourceConfig
 from pipeline.corpus import python_docs
-from pipeline.corpus.sources import find_files, fingerprint_source, iterate_text, read, read_pieces, slices
+from pipeline.corpus.files import find_files, fingerprint_source, slices
+from pipeline.corpus.formats import iterate_text, read, read_pieces
 
 TEXTS = [
     "The first document.",
@@ -43,10 +44,9 @@ def documents(source: SourceConfig, slice_bytes: int = 2000) -> list[str]:
 def pairs(source: SourceConfig, slice_bytes: int = 2000) -> list[tuple[str | None, str]]:
     """Read everything, in the order in which shards are numbered."""
     found = []
-    for part in slices(source, slice_bytes):
-        payloads = read_pieces(part, source, slice_bytes) if part.is_stream else iter([None])
-        for payload in payloads:
-            found += read(part, source, payload)
+    for slice_ in slices(source, slice_bytes):
+        for piece in read_pieces(slice_, source, slice_bytes) if slice_.is_stream else [None]:
+            found += read(slice_, source, piece)
     return found
 
 
@@ -261,12 +261,13 @@ def test_openwebtext_is_read_from_the_hub_at_one_commit(
     program = textwrap.dedent("""
         import json
         from pipeline.config import SourceConfig
-        from pipeline.corpus.sources import fingerprint_source, read, read_pieces, slices
+        from pipeline.corpus.files import fingerprint_source, slices
+        from pipeline.corpus.formats import read, read_pieces
         source = SourceConfig(kind="openwebtext", dataset="owner/corpus", revision="main")
         texts = []
-        for part in slices(source, 300):
-            for payload in read_pieces(part, source, 300) if part.is_stream else [None]:
-                texts += [text for text, _ in read(part, source, payload)]
+        for slice_ in slices(source, 300):
+            for piece in read_pieces(slice_, source, 300) if slice_.is_stream else [None]:
+                texts += [text for text, _ in read(slice_, source, piece)]
         print(json.dumps([fingerprint_source(source), texts]))
     """)
     environment = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}

@@ -35,15 +35,20 @@ def build(overlay: str) -> list[Resource]:
 
 @lru_cache
 def _built(overlay: str) -> list[Resource]:
-    return _build(KUBERAY / "overlays" / overlay)
+    return _build(KUBERAY / "overlays" / overlay, [])
 
 
-def _build(folder: Path) -> list[Resource]:
+def build_with(overlay: str, component: str) -> list[Resource]:
+    """Build an overlay with one of the optional components named in it."""
+    return _build(KUBERAY / "components" / component, build(overlay))
+
+
+def _build(folder: Path, resources: list[Resource]) -> list[Resource]:
+    """Add a folder's resources to those given (a component's given ones are its overlay's), and change them all."""
     (plan,) = load(folder / "kustomization.yaml")
-    resources: list[Resource] = []
     for name in plan["resources"]:
         path = folder / name
-        resources += _build(path) if path.is_dir() else load(path)
+        resources += _build(path, []) if path.is_dir() else load(path)
     for resource in resources:
         if "namespace" in plan and resource["kind"] != "Namespace":
             resource["metadata"]["namespace"] = plan["namespace"]

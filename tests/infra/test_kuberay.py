@@ -14,6 +14,7 @@ from tests.infra.manifests import (
     OVERLAYS,
     Resource,
     build,
+    build_with,
     containers,
     custom_resource_schemas,
     pod_templates,
@@ -27,6 +28,7 @@ JOBS = {
     for file, name in [("preflight", "preflight"), ("pipeline", "pipeline"), *(("stage", stage) for stage in STAGES)]
 }
 RAY_PORTS = {6379, 8265, 10001}  # with the token, each of them runs code
+COMPILED = "/home/ray/compiled"  # where the image has torch.compile keep what it compiled
 SECRET_WORDS = ("PASSWORD", "SECRET", "TOKEN", "KEY")
 
 resources_of_overlays = pytest.mark.parametrize(
@@ -197,8 +199,82 @@ def test_whoever_asks_for_a_gpu_tolerates_its_nodes() -> None:
                     "tolerations"
                 ]
                 assert all(container["image"].endswith("-gpu") for container in template["spec"]["containers"])
-    assert with_gpu == 2, "training and serving"
+    assert with_gpu == 3, "training on machines of eight, training on single GPUs, and serving"
     assert "nvidia.com/gpu" not in json.dumps(build("cpu"))
+
+
+# ---------------------------------------------------------------------------------------------- GPUs
+
+
+def launched(cluster: Resource, workers: int) -> dict[str, int]:
+    """What Ray's autoscaler starts on a cluster of nothing but its head when training asks for so many GPU workers."""
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+    from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+    from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+    from ray.core.generated.autoscaler_pb2 import ClusterResourceConstraint, ResourceRequest, ResourceRequestByCount
+
+    config = AutoscalingConfig(_derive_autoscaling_config_from_ray_cr(cluster), skip_content_hash=True)
+    each = ResourceRequestByCount(request=ResourceRequest(resources_bundle={"CPU": 1, "GPU": 1}), count=workers)
+    request = SchedulingRequest(
+        disable_launch_config_check=True,
+        node_type_configs=config.get_node_type_configs(),
+        max_num_nodes=config.get_max_num_worker_nodes(),
+        cluster_resource_constraints=[ClusterResourceConstraint(resource_requests=[each])],
+    )
+    reply = ResourceDemandScheduler().schedule(request)
+    return {each.instance_type: each.count for each in reply.to_launch if each.instance_type != "headgroup"}
+
+
+@pytest.mark.parametrize(
+    ("workers", "pods"),
+    [(1, {"gpu": 1}), (3, {"gpu": 3}), (4, {"gpu-machine": 1}), (8, {"gpu-machine": 1})],
+)
+def test_eight_gpus_are_one_pod_within_which_nccl_uses_nvlink(workers: int, pods: dict[str, int]) -> None:
+    assert launched(find("gpu", "RayCluster"), workers) == pods
+
+
+def test_two_machines_are_sixteen_gpus() -> None:
+    cluster = find("gpu", "RayCluster")
+    group(cluster, "gpu-machine")["maxReplicas"] = 2
+    assert launched(cluster, 16) == {"gpu-machine": 2}
+
+
+def test_without_machines_of_eight_training_takes_single_gpus() -> None:
+    cluster = find("gpu", "RayCluster")
+    group(cluster, "gpu-machine")["maxReplicas"] = 0
+    assert launched(cluster, 8) == {"gpu": 8}
+
+
+def group(cluster: Resource, name: str) -> dict[str, Any]:
+    return next(each for each in cluster["spec"]["workerGroupSpecs"] if each["groupName"] == name)
+
+
+@pytest.mark.parametrize("name", ["gpu-machine", "gpu"])
+def test_the_object_store_leaves_nccl_half_of_the_shared_memory(name: str) -> None:
+    pods = group(find("gpu", "RayCluster"), name)
+    (shared,) = [each for each in pods["template"]["spec"]["volumes"] if each["name"] == "shared-memory"]
+    assert shared["emptyDir"]["medium"] == "Memory"
+    size = int(shared["emptyDir"]["sizeLimit"].removesuffix("Gi")) * 2**30
+    assert int(pods["rayStartParams"]["object-store-memory"]) <= size // 2
+
+
+def test_what_is_compiled_for_gpus_outlives_a_worker() -> None:
+    for name in ("gpu-machine", "gpu"):
+        (container,) = group(find("gpu", "RayCluster"), name)["template"]["spec"]["containers"]
+        assert {"name": "compiled", "mountPath": COMPILED} in container["volumeMounts"]
+
+
+def test_the_compile_cache_can_be_one_volume_for_all_gpu_pods() -> None:
+    resources = build_with("gpu", "compile-cache")
+    (claim,) = [each for each in resources if each["kind"] == "PersistentVolumeClaim"]
+    validate(claim)
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    cluster = next(each for each in resources if each["kind"] == "RayCluster")
+    validate_custom_resource(cluster)
+    for name in ("gpu-machine", "gpu"):
+        volumes = {each["name"]: each for each in group(cluster, name)["template"]["spec"]["volumes"]}
+        assert volumes["compiled"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+        assert claim["metadata"]["namespace"] == cluster["metadata"]["namespace"]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -22,7 +22,7 @@ COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())
 DOCKERFILE = (INFRA / "images/Dockerfile").read_text()
 TEXTS = sorted(path for path in INFRA.rglob("*") if path.is_file() and path.suffix != ".pyc")
 # Read by the programs of images that are not ours.
-FOREIGN_PREFIXES = ("POSTGRES_", "PGDATA", "PGPASSWORD", "MINIO_ROOT_", "MC_HOST_", "GF_", "PYTHON")
+FOREIGN_PREFIXES = ("POSTGRES_", "PGDATA", "PGPASSWORD", "MINIO_ROOT_", "MC_HOST_", "GF_", "PYTHON", "NVIDIA_")
 
 
 def all_manifests() -> list[Any]:
@@ -100,6 +100,10 @@ def _is_known_to_a_package(name: str) -> bool:
         from ray._private import authentication_test_utils
 
         return name in authentication_test_utils._AUTH_ENV_VARS
+    if name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        from torch._inductor.runtime import cache_dir_utils
+
+        return name in Path(cache_dir_utils.__file__).read_text()
     if name == "RAY_USAGE_STATS_ENABLED":
         from ray._private.usage import usage_constants
 
@@ -156,8 +160,41 @@ def test_what_the_image_copies_exists_and_reaches_the_build() -> None:
         for source in sources:
             assert (ROOT / source).exists(), source
             assert f"!{source}" in ignored, source
-    rooms = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    rooms = {package.partition(".")[0] for package in packages}
     assert {line[1:] for line in ignored if line.startswith("!")} == rooms | {"pyproject.toml", "constraints.txt"}
+
+
+def stage_of_image(name: str) -> str:
+    """The Dockerfile's lines of one stage, without its comments and with continued lines joined."""
+    stages = re.split(r"^FROM ", re.sub(r"\\\n", " ", DOCKERFILE), flags=re.MULTILINE)
+    (text,) = [stage for stage in stages if re.match(rf"\S+ AS {name}$", stage, re.MULTILINE)]
+    return "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+
+
+def test_the_gpu_image_asks_the_container_runtime_for_the_gpus() -> None:
+    assert re.search(r"^torch-gpu AS gpu$", stage_of_image("gpu"), re.MULTILINE)
+    given = dict(re.findall(r"\b(NVIDIA_\w+)=(\S+)", stage_of_image("torch-gpu")))
+    assert given["NVIDIA_VISIBLE_DEVICES"] == "all"
+    assert given["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility"
+    assert "NVIDIA_" not in stage_of_image("base") + stage_of_image("cpu"), "a CPU's image asks for none"
+
+
+def test_the_driver_that_the_documents_ask_for_is_the_one_that_the_image_needs() -> None:
+    minimum = {"12": "525", "13": "580"}  # NVIDIA's table of minor version compatibility, by CUDA's major version
+    cuda = re.search(r"NVIDIA_REQUIRE_CUDA=cuda>=(\d+)\.\d+", stage_of_image("torch-gpu"))
+    assert cuda is not None
+    for text in (DOCKERFILE, (INFRA / "README.md").read_text(), (INFRA / "aws/cluster.yaml").read_text()):
+        assert set(re.findall(r"(\d{3}) or newer", text)) == {minimum[cuda[1]]}
+
+
+def test_what_is_compiled_lies_in_a_folder_that_the_image_has_and_volumes_are_mounted_on() -> None:
+    image = stage_of_image("base")
+    folders = re.findall(r"(?:TORCHINDUCTOR|TRITON)_CACHE_DIR=(\S+)/\w+", image)
+    assert folders == ["/home/ray/compiled"] * 2
+    assert re.search(r"install .*--owner=ray .*/home/ray/compiled\b", image), "a volume takes over its owner"
+    for name in ("worker", "worker-gpu"):
+        assert "compiled:/home/ray/compiled" in COMPOSE["services"][name]["volumes"]
 
 
 # ---------------------------------------------------------------------------------------------- compose
@@ -272,6 +309,24 @@ def test_ray_up_accepts_the_aws_file() -> None:
     text = (INFRA / "aws/cluster.yaml").read_text()
     assert "0.0.0.0/0" not in text
     assert not re.search(r"AKIA|aws_secret|SECRET_ACCESS_KEY", text)
+
+
+def test_every_aws_node_may_pull_the_private_image() -> None:
+    config = yaml.safe_load((INFRA / "aws/cluster.yaml").read_text())
+    (login,) = config["initialization_commands"]  # run on the node itself, before its container is started
+    registry = config["docker"]["image"].partition("/")[0]
+    assert re.search(rf"docker login .*--password-stdin {re.escape(registry)}$", login.strip())
+    assert f"--region {config['provider']['region']} " in login
+    assert registry.endswith(f".ecr.{config['provider']['region']}.amazonaws.com")
+
+
+def test_a_gpu_container_may_lock_memory_for_the_network_card() -> None:
+    config = yaml.safe_load((INFRA / "aws/cluster.yaml").read_text())
+    assert "--ulimit memlock=-1:-1" in config["docker"]["run_options"]
+    assert COMPOSE["services"]["worker-gpu"]["ulimits"]["memlock"] == -1
+    # Ray sets these two itself, unless they are given or switched off here.
+    assert not [option for option in config["docker"]["run_options"] if "--shm-size" in option or "--runtime" in option]
+    assert not config["docker"].keys() & {"disable_shm_size_detection", "disable_automatic_runtime_detection"}
 
 
 def test_every_pod_gives_ray_room_in_shared_memory_and_a_scratch_disk() -> None:

@@ -8,6 +8,8 @@ import psutil
 import torch
 from torch.distributed.tensor import DTensor
 
+from model.gpus import find_gpu
+
 ACTIVITIES = ("compute", "data_wait", "checkpoint", "evaluation", "startup", "restart")
 
 
@@ -47,20 +49,6 @@ class TimeSplit:
         return dict(self._seconds)
 
 
-# Dense bfloat16 matrix products of one GPU, FLOP/s, from its maker's data sheet.
-GPU_PEAK_FLOPS = {
-    "B200": 2.25e15,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "RTX 4090": 165e12,
-}
-
-
 def peak_flops(device: torch.device, precision: torch.dtype) -> float:
     """Return the FLOP/s that model FLOPs utilisation is measured against.
 
@@ -68,10 +56,9 @@ def peak_flops(device: torch.device, precision: torch.dtype) -> float:
     now, with the threads that this worker has.
     """
     if device.type == "cuda" and precision == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for known, flops in GPU_PEAK_FLOPS.items():
-            if known in name:
-                return flops
+        gpu = find_gpu(torch.cuda.get_device_name(device))
+        if gpu is not None:
+            return gpu.flops_per_second
     size = 8192 if device.type == "cuda" else 1024
     left = torch.ones(size, size, device=device, dtype=precision)
     seconds = []

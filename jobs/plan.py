@@ -8,36 +8,15 @@ Nothing is measured and nothing is started: these are calculations, and each say
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jobs.command import Command
+from model.gpus import GPUS, Gpu, find_gpu
 
 if TYPE_CHECKING:
     from pipeline.config import Config
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """Makers' figures: dense bfloat16 FLOP/s, memory, and bytes/s of one GPU to its neighbours and to other nodes."""
-
-    flops_per_second: float
-    memory_gigabytes: float
-    link_bytes_per_second: float
-    network_bytes_per_second: float
-
-
-# Within a node NVLink, one direction, or PCIe; between nodes 400 Gbit/s a GPU where that is usual, else less.
-GPUS = {
-    "b200": Gpu(2.25e15, 180, 900e9, 50e9),
-    "h200": Gpu(989e12, 141, 450e9, 50e9),
-    "h100": Gpu(989e12, 80, 450e9, 50e9),
-    "a100": Gpu(312e12, 80, 300e9, 25e9),
-    "l40s": Gpu(362e12, 48, 25e9, 12.5e9),
-    "l4": Gpu(121e12, 24, 12e9, 3e9),
-    "a10": Gpu(125e12, 24, 12e9, 3e9),
-    "rtx4090": Gpu(165e12, 24, 20e9, 3e9),
-}
 NAMED_VOCABULARIES = {"gpt2": 50_257, "r50k_base": 50_257, "cl100k_base": 100_277, "o200k_base": 200_019}
 GPUS_PER_NODE = 8
 NETWORK_SHARE = 0.8  # of the nominal bandwidth, as all-reduce reaches it
@@ -46,8 +25,10 @@ NETWORK_SHARE = 0.8  # of the nominal bandwidth, as all-reduce reaches it
 def run(config: "Config", options: argparse.Namespace) -> None:
     from model.budget import estimate_memory, estimate_step, orthogonalisation_flops
     from model.gpt import count_parameters, flops_per_token
+    from model.training import BUCKET_MEGABYTES
+    from pipeline.training.memory import advise_out_of_memory
 
-    gpu, model, train = GPUS[options.gpu], config.model, config.train
+    gpu, model, train = options.gpu, config.model, config.train
     vocab_size = NAMED_VOCABULARIES.get(config.tokenizer.kind, config.tokenizer.vocabulary_size)
     parameters = count_parameters(model, vocab_size)
     tokens = train.steps * train.batch_tokens
@@ -65,8 +46,7 @@ def run(config: "Config", options: argparse.Namespace) -> None:
     print(f"FLOPs in all        {tokens * flops:>16.3g}")
 
     is_half = train.precision != "float32"
-    workers = train.num_workers if isinstance(train.num_workers, int) else train.num_workers[0]
-    shards = workers if train.sharding == "fsdp" else 1
+    shards = train.fewest_workers if train.sharding == "fsdp" else 1
     memory = estimate_memory(
         model,
         config.optimizer,
@@ -80,18 +60,15 @@ def run(config: "Config", options: argparse.Namespace) -> None:
     print(f"\nmemory of {holder}, micro-batches of {train.micro_batch_sequences} x {model.context_length} tokens")
     for name in ("weights", "gradients", "optimizer", "activations", "logits"):
         print(f"  {name:<18}{getattr(memory, name) / 1e9:>12.2f} GB")
-    if memory.total < 0.9e9 * gpu.memory_gigabytes:
-        verdict = "fits"
-    elif memory.weights + memory.gradients + memory.optimizer < 0.9e9 * gpu.memory_gigabytes:
-        verdict = "does not fit: lower train.micro_batch_sequences, or set train.recompute_activations=true"
-    else:
-        verdict = "does not fit, whatever the batch: use more workers with train.sharding=fsdp, or a smaller model"
-    print(f"  {'in all':<18}{memory.total / 1e9:>12.2f} GB  {verdict} ({options.gpu}: {gpu.memory_gigabytes:.0f} GB)")
+    usable_bytes = int(0.9e9 * gpu.memory_gigabytes)  # the rest is the driver's, and lost between allocations
+    fits = memory.total < usable_bytes
+    verdict = "fits" if fits else "does not fit"
+    print(f"  {'in all':<18}{memory.total / 1e9:>12.2f} GB  {verdict} ({gpu.name}: {gpu.memory_gigabytes:.0f} GB)")
+    if not fits:
+        print(f"  {advise_out_of_memory(memory, train.micro_batch_sequences, usable_bytes)}")
 
-    print(
-        f"\n{options.gpu} at {options.mfu:.0%} of its {gpu.flops_per_second / 1e12:,.0f} TFLOP/s (an assumption: --mfu)"
-    )
-    print(f"  {'GPUs':>4}{'s/step':>10}{'tokens/s':>14}{'efficiency':>12}{'hours':>10}{'GPU-hours':>11}")
+    print(f"\n{gpu.name} at {options.mfu:.0%} of its {gpu.flops_per_second / 1e12:,.0f} TFLOP/s (an assumption: --mfu)")
+    print(f"  {'GPUs':>4}{'s/step':>10}{'tokens/s':>14}{'efficiency':>12}{'time':>10}{'GPU-hours':>11}")
     for devices in (1, 8, 64):
         # Micro-batches of one sequence at least: no more GPUs than sequences can work.
         if devices > train.batch_tokens // model.context_length:
@@ -111,14 +88,24 @@ def run(config: "Config", options: argparse.Namespace) -> None:
         hours = train.steps * seconds / 3600
         print(
             f"  {devices:>4}{seconds:>10.4f}{train.batch_tokens / seconds:>14,.0f}{step.efficiency:>12.1%}"
-            f"{hours:>10.2f}{hours * devices:>11.2f}"
+            f"{_duration(hours):>10}{hours * devices:>11.2f}"
+        )
+    if train.sharding == "fsdp":
+        traffic = (
+            "FSDP gathers the weights twice a step in bfloat16 and scatters the gradients once in float32:\n"
+            f"together as many bytes as DDP's all-reduce of {4 * parameters / 1e6:,.0f} MB."
+            " Most of it overlaps with arithmetic"
+        )
+    else:
+        traffic = (
+            f"DDP sums {4 * parameters / 1e6:,.0f} MB of gradients in every step by ring all-reduce, in buckets of"
+            f" {BUCKET_MEGABYTES} MB.\nBuckets are sent while the backward pass goes on; a step waits for the last one"
         )
     print(
-        f"\nScaling is a calculation for DDP at the same global batch: {4 * parameters / 1e6:,.0f} MB of gradients by"
-        f"\nring all-reduce, behind the backward pass but for the last 25 MB bucket, at {NETWORK_SHARE:.0%} of"
-        f" {gpu.link_bytes_per_second / 1e9:,.0f} GB/s within"
-        f"\na node of {GPUS_PER_NODE} and {gpu.network_bytes_per_second / 1e9:,.1f} GB/s a GPU between nodes."
-        " Evaluation, start-up and data are not in it."
+        f"\nAll rows have the same global batch.\n{traffic}."
+        f"\nAssumed: {NETWORK_SHARE:.0%} of {gpu.link_bytes_per_second / 1e9:,.0f} GB/s within a node of"
+        f" {GPUS_PER_NODE}, and of {gpu.network_bytes_per_second / 1e9:,.1f} GB/s per GPU between nodes."
+        "\nEvaluation, start-up and reading data are not counted."
     )
     if config.optimizer.kind == "muon":
         share = orthogonalisation_flops(model) / (flops * train.batch_tokens)
@@ -127,18 +114,34 @@ def run(config: "Config", options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     command = Command(__doc__)
-    command.parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="[%(default)s]")
+    command.parser.add_argument("--gpu", type=_gpu, default="h100", help="such as h100, a100-80gb, l40s [%(default)s]")
     command.parser.add_argument(
         "--mfu", type=_share, default=0.4, help="share of the peak that training reaches [%(default)s]"
     )
     return command.main(run, argv)
 
 
+def _gpu(text: str) -> Gpu:
+    found = find_gpu(text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"no GPU {text!r} is known; there are {', '.join(gpu.name for gpu in GPUS)}")
+    return found
+
+
 def _share(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = 0.0
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError("must lie between 0 and 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: write 0.4 or 40%")
     return value
+
+
+def _duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:.2f} h"
+    return f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{3600 * hours:.0f} s"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ loss, gradient_norm = measures.read()   # waits for that step: read it when the 
 """
 
 import ctypes
-import math
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -76,9 +75,9 @@ class LossModule(nn.Module):
         return self.model.loss(tokens, targets, document_ids)
 
 
-def count_shares(threads: int, sequences: int) -> int:
-    """Into how many parts `SharedLoss` divides a micro-batch."""
-    return min(threads, sequences, MAX_SHARES)
+def count_shares(threads: int, sequences: int, dropout: float = 0.0) -> int:
+    """Into how many parts a CPU's threads divide a micro-batch; one where dropout draws from the one generator."""
+    return 1 if dropout else min(threads, sequences, MAX_SHARES)
 
 
 class SharedLoss(LossModule):
@@ -143,9 +142,9 @@ def parallelize(
     device = model.embedding.weight.device
     if device.type == "cpu":
         keep_freed_memory()
-        # Dropout draws from one generator: threads would draw in any order.
-        if strategy == "none" and torch.get_num_threads() > 1 and not model.config.dropout:
-            module = SharedLoss(model, torch.get_num_threads())
+        threads = torch.get_num_threads()
+        if strategy == "none" and count_shares(threads, MAX_SHARES, model.config.dropout) > 1:
+            module = SharedLoss(model, threads)
     if compile:
         if device.type == "cpu":
             with suppress(ModuleNotFoundError):  # without the folder model/cpu training is slower, no more
@@ -273,13 +272,6 @@ def choose_precision(name: str, device: torch.device | str) -> torch.dtype:
         # Not before Ampere: older GPUs emulate it.
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
     return torch.bfloat16 if HAS_BFLOAT16_UNITS else torch.float32
-
-
-def bits_per_byte(nats: float, num_bytes: int) -> float:
-    """The headline metric: nats summed over tokens, per byte of the text they spell; any tokenizer compares."""
-    if num_bytes <= 0:
-        raise ValueError("Bits per byte needs a text of at least one byte.")
-    return nats / math.log(2) / num_bytes
 
 
 def _mark_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:

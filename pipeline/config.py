@@ -173,6 +173,14 @@ class TrainConfig:
             f"train.num_workers is {self.num_workers!r}; use a positive number or [least, most].",
         )
 
+    @property
+    def fewest_workers(self) -> int:
+        return int(self.num_workers[0] if isinstance(self.num_workers, list) else self.num_workers)
+
+    @property
+    def most_workers(self) -> int:
+        return int(self.num_workers[-1] if isinstance(self.num_workers, list) else self.num_workers)
+
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     require(value in choices, f"{key} is {value!r}; it can be {', '.join(choices[:-1])} or {choices[-1]}.")

@@ -12,17 +12,18 @@ from typing import Any
 
 import mlflow
 import ray
-import torch
 
 from model.checkpoint import load_model
-from model.generation import complete
-from model.sampling import SamplingSettings
-from model.tokenizer import Tokenizer, load_tokenizer
+from model.scoring import score_batches
+from model.tokenizer import load_tokenizer
+from model.training import LossModule, choose_precision
 from pipeline import tracking
 from pipeline.artifacts import Artifact, Manifest
 from pipeline.config import Config, result_settings
-from pipeline.corpus.stream import validation_batches
+from pipeline.corpus.stream import ValidationStream
 from pipeline.registry import PROBE_TAG, measure_probe
+from pipeline.training.resources import set_threads, wants_gpu, worker_resources
+from pipeline.training.samples import write_samples
 
 FORMAT_VERSION = 1
 
@@ -36,9 +37,10 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
     trained = inputs["train"].manifest()
     assert trained is not None
     tracking.connect(config)
-    has_gpu = ray.cluster_resources().get("GPU", 0) >= 1
-    score = ray.remote(score_checkpoint).options(num_gpus=1 if has_gpu else 0, num_cpus=1)
-    result = ray.get(score.remote(config, inputs["train"], inputs["prepare"]))
+    use_gpu = wants_gpu(config.train)
+    resources = worker_resources(config.train, use_gpu)
+    score = ray.remote(score_checkpoint).options(num_gpus=resources.get("GPU", 0), num_cpus=resources["CPU"])
+    result = ray.get(score.remote(config, inputs["train"], inputs["prepare"], "cuda" if use_gpu else "cpu"))
 
     text = json.dumps(result, indent=1, ensure_ascii=False)
     record = output.write_text("evaluation.json", text + "\n")
@@ -51,48 +53,41 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
     )
 
 
-def score_checkpoint(config: Config, train: Artifact, shards: Artifact) -> dict[str, Any]:
-    """Return loss (nats per token), bits per byte, perplexity, what was scored, and one sample per prompt."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def score_checkpoint(config: Config, train: Artifact, shards: Artifact, device: str = "cpu") -> dict[str, Any]:
+    """Return loss (nats per token), bits per byte, perplexity, what was scored, and one sample per prompt.
+
+    Attention, precision, threads and the cache of decoded shards are the training's.
+    """
     manifest = train.manifest()
     assert manifest is not None
+    set_threads(config.train.threads_per_worker, 1)
+    precision = choose_precision(config.train.precision, device)
     with tempfile.TemporaryDirectory() as folder:
         records = {name: record for name, record in manifest.files.items() if name.startswith("checkpoint/")}
         checkpoint = train.download(Path(folder), records) / "checkpoint"
         model = load_model(checkpoint, device=device).eval()
         tokenizer = load_tokenizer(checkpoint)
 
-    byte_lengths = torch.from_numpy(tokenizer.byte_lengths).to(device)
-    nats, tokens, num_bytes = 0.0, 0, 0
-    batches = validation_batches(
+    stream = ValidationStream(
         shards,
         context_length=config.model.context_length,
         batch_sequences=config.evaluate.batch_sequences,
         max_tokens=config.evaluate.max_tokens,
+        cache_folder=config.stream.cache_folder or None,
+        cache_gigabytes=config.stream.cache_gigabytes,
+        document_boundaries=config.train.document_boundaries,
     )
-    with torch.inference_mode():
-        for batch in batches:
-            targets = batch.targets.to(device, dtype=torch.long)
-            nats += model.loss(batch.tokens.to(device), targets).item()
-            scored = targets[targets >= 0]
-            tokens += scored.numel()
-            num_bytes += int(byte_lengths[scored].sum())
-    if num_bytes == 0:
+    score = score_batches(LossModule(model), stream.batches(), tokenizer.byte_lengths, precision=precision)
+    if score.num_bytes == 0:
         raise ValueError("The validation split holds no text to score; raise prepare.validation_fraction or add text.")
+    options = config.evaluate
+    samples = write_samples(model, tokenizer, options.prompts, options.sample_tokens, config.seed, precision)
     return {
-        "bits_per_byte": nats / math.log(2) / num_bytes,
-        "loss": nats / tokens,
-        "perplexity": math.exp(min(nats / tokens, 700.0)),
-        "tokens": tokens,
-        "bytes": num_bytes,
+        "bits_per_byte": score.bits_per_byte,
+        "loss": score.nats_per_token,
+        "perplexity": math.exp(min(score.nats_per_token, 700.0)),
+        "tokens": score.tokens,
+        "bytes": score.num_bytes,
         PROBE_TAG: measure_probe(model, tokenizer),  # what serving compares with before it takes a version over
-        "samples": write_samples(config, model, tokenizer),
+        "samples": [{"prompt": prompt, "text": text} for prompt, text in samples.items()],
     }
-
-
-def write_samples(config: Config, model: Any, tokenizer: Tokenizer) -> list[dict[str, str]]:
-    """Complete each prompt of the config once, with a fixed seed."""
-    sampling = SamplingSettings(max_tokens=config.evaluate.sample_tokens, temperature=0.8, top_k=50, seed=config.seed)
-    return [
-        {"prompt": prompt, "text": complete(model, tokenizer, prompt, sampling)} for prompt in config.evaluate.prompts
-    ]

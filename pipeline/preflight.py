@@ -35,7 +35,7 @@ from pipeline import tracking
 from pipeline.artifacts import filesystem_of, resolve_storage
 from pipeline.config import Config
 from pipeline.corpus.shards import default_cache_folder
-from pipeline.train import wants_gpu, worker_resources
+from pipeline.training.resources import wants_gpu, worker_resources
 
 PACKAGES = ("ray", "torch", "numpy", "pyarrow", "s3fs", "mlflow", "tiktoken", "tokenizers", "safetensors")
 PROBE_BYTES = 8_000_000  # enough to see the rate, little enough to pay for from every node
@@ -346,9 +346,8 @@ class Workers:
 @contextmanager
 def training_workers(config: Config, wait_seconds: float) -> Iterator[Workers]:
     """Reserve what training will reserve; the way to ask an autoscaler for it."""
-    asked = config.train.num_workers
-    count = int(asked[0] if isinstance(asked, list) else asked)
-    resources = worker_resources(config, wants_gpu(config))
+    count = config.train.fewest_workers
+    resources = worker_resources(config.train, wants_gpu(config.train))
     group = placement_group([resources] * count, strategy="PACK")
     began = time.monotonic()
     ready = group.wait(timeout_seconds=wait_seconds)

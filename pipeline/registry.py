@@ -18,8 +18,9 @@ from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
 from model.checkpoint import load_model
 from model.gpt import GPT
+from model.scoring import score_batches
 from model.tokenizer import Tokenizer, load_tokenizer
-from model.training import bits_per_byte
+from model.training import LossModule
 
 logger = logging.getLogger("ray.serve")
 
@@ -122,15 +123,24 @@ def find_checkpoint(artifacts: Path, record: VersionRecord) -> Path:
     raise ValueError(f"Version {record.version} of {record.name} holds no checkpoint; register it again.")
 
 
-@torch.inference_mode()
+@dataclass
+class ProbeBatch:
+    """One window of the probe text, as the scorer takes it."""
+
+    tokens: torch.Tensor  # [1, T]
+    targets: torch.Tensor  # [1, T], the next tokens
+    document_ids: torch.Tensor | None = None
+
+
 def measure_probe(model: GPT, tokenizer: Tokenizer) -> float:
-    """Bits per byte of the probe text: the number that says whether weights and tokenizer are the ones registered."""
-    device = next(model.parameters()).device
-    nats = 0.0
-    for window in probe_windows(tokenizer, model.config.context_length):
-        part = torch.tensor(window, device=device)[None]
-        nats += float(model.loss(part[:, :-1], part[:, 1:]).item())
-    return bits_per_byte(nats, len(PROBE_TEXT.encode()))
+    """Bits per byte of the probe text: the number that says whether weights and tokenizer are the ones registered.
+
+    Always in the weights' own precision, so that a machine of another kind finds the same number.
+    """
+    windows = probe_windows(tokenizer, model.config.context_length)
+    rows = (torch.tensor(window)[None] for window in windows)
+    batches = (ProbeBatch(row[:, :-1], row[:, 1:]) for row in rows)
+    return score_batches(LossModule(model), batches, tokenizer.byte_lengths).bits_per_byte
 
 
 def probe_windows(tokenizer: Tokenizer, context_length: int) -> Iterator[list[int]]:

@@ -4,9 +4,9 @@ import asyncio
 import uuid
 
 from model.sampling import SamplingSettings
+from model.scoring import bits_per_byte
 from model.sequence import GenerationRequest
 from model.tokenizer import Tokenizer
-from model.training import bits_per_byte
 from pipeline.registry import PROBE_TEXT, probe_windows
 from pipeline.serving.backend import Backend
 

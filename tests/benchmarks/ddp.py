@@ -30,7 +30,7 @@ from model.gpt import GPT, ModelConfig
 from model.optimizer import OptimizerConfig, build_optimizer
 from model.training import parallelize, train_step
 from pipeline.corpus.stream import Batch
-from pipeline.train import on_cpu
+from pipeline.training.worker import on_cpu
 
 CONTEXT, SEQUENCES, MICRO_BATCH, VOCABULARY = 256, 16, 4, 4096
 MODEL = ModelConfig(num_layers=6, width=256, num_heads=4, context_length=CONTEXT)

@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from model.gpt import GPT, ModelConfig
 from model.optimizer import OptimizerConfig, build_optimizer
+from model.scoring import score_batches
 from model.tokenizer import Tokenizer, train_bpe
-from model.training import bits_per_byte, choose_precision, parallelize, train_step
+from model.training import LossModule, choose_precision, parallelize, train_step
 
 HELD_OUT = 0.05
 
@@ -76,17 +77,11 @@ def batches(tokens: Tensor, options: argparse.Namespace, seed: int) -> Iterator[
         yield Rows(rows[:, :-1], rows[:, 1:])
 
 
-@torch.no_grad()
 def evaluate(model: GPT, tokens: Tensor, tokenizer: Tokenizer, options: argparse.Namespace) -> float:
-    device = model.embedding.weight.device
     count = min(len(tokens) - 1, options.evaluation_tokens) // options.context * options.context
     inputs, targets = tokens[:count].view(-1, options.context), tokens[1 : count + 1].view(-1, options.context)
-    model.eval()
-    nats = sum(
-        model.loss(x.to(device), y.to(device)).item() for x, y in zip(inputs.split(64), targets.split(64), strict=True)
-    )
-    model.train()
-    return bits_per_byte(nats, int(tokenizer.byte_lengths[targets.numpy()].sum()))
+    batches = (Rows(x, y) for x, y in zip(inputs.split(64), targets.split(64), strict=True))
+    return score_batches(LossModule(model), batches, tokenizer.byte_lengths).bits_per_byte
 
 
 def usual_weights(model: GPT) -> None:

@@ -9,7 +9,7 @@ from jobs.plan import main
 from model.budget import activations_per_token, estimate_memory, estimate_step, orthogonalisation_flops
 from model.gpt import GPT, ModelConfig
 from model.optimizer import OptimizerConfig
-from model.training import parallelize
+from model.training import MAX_SHARES, SharedLoss, count_shares, parallelize
 
 PRESETS = sorted((Path(__file__).parents[2] / "jobs" / "presets").glob("*.yaml"))
 
@@ -31,13 +31,40 @@ def test_the_reference_shapes_have_their_parameters(capsys: pytest.CaptureFixtur
 def test_what_does_not_fit_says_what_helps(capsys: pytest.CaptureFixture[str]) -> None:
     large = [str(PRESETS[0]), "model.width=16384", "model.num_heads=128", "model.num_layers=24"]
     assert main([*large, "train.num_workers=8"]) == 0
-    assert "does not fit, whatever the batch: use more workers with train.sharding=fsdp" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "  does not fit" in printed
+    assert "GB are weights, gradients and moments, whatever the batch" in printed
     assert main([*large, "train.num_workers=[64,512]", "train.sharding=fsdp", "train.micro_batch_sequences=1"]) == 0
     printed = capsys.readouterr().out
     assert "memory of one GPU of 64 that share the model" in printed
     assert "  fits" in printed
+    assert "FSDP gathers the weights" in printed
+    assert "DDP sums" not in printed
     assert main([*large, "train.num_workers=64", "train.sharding=fsdp", "train.micro_batch_sequences=4096"]) == 0
-    assert "does not fit: lower train.micro_batch_sequences" in capsys.readouterr().out
+    assert "grow with train.micro_batch_sequences, now 4096: lower that first" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gpu", ["H100", "a100-80gb", "NVIDIA L40S", "rtx4090"])
+def test_a_gpu_is_known_by_any_of_its_names(gpu: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(PRESETS[0]), "--gpu", gpu, "--mfu", "40%"]) == 0
+    assert "at 40% of its" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [("--gpu", "h1000", "no GPU 'h1000' is known; there are"), ("--mfu", "forty", "write 0.4 or 40%")],
+)
+def test_an_unknown_gpu_and_a_share_that_is_none_are_told(
+    option: str, value: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([str(PRESETS[0]), option, value])
+    assert words in capsys.readouterr().err
+
+
+def test_a_short_training_is_told_in_minutes_or_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(PRESETS[0]), "train.steps=100"])
+    assert " s " in capsys.readouterr().out.split("GPU-hours")[1]
 
 
 def test_an_unknown_setting_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,6 +132,14 @@ def test_threads_that_share_a_batch_hold_gradients_each() -> None:
     )
     assert two.gradients == 2 * alone.gradients
     assert two.activations == alone.activations
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_estimate_counts_shares_where_there_are_some(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    config = ModelConfig(family="classic", num_layers=1, width=8, num_heads=2, context_length=8, dropout=dropout)
+    shares = isinstance(parallelize(GPT(config, 64)), SharedLoss)
+    assert shares == (count_shares(2, MAX_SHARES, dropout) > 1) == (not dropout)
 
 
 def test_muon_costs_what_its_products_do() -> None:

@@ -42,7 +42,5 @@ def test_the_model_has_the_parameters_of_its_reference(
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_a_presets_batch_is_whole_sequences_for_its_workers(preset: Path) -> None:
     config = load_config(preset)
-    workers = config.train.num_workers
-    most = workers[-1] if isinstance(workers, list) else workers
     assert config.train.batch_tokens % config.model.context_length == 0
-    assert config.train.batch_tokens // config.model.context_length >= most
+    assert config.train.batch_tokens // config.model.context_length >= config.train.most_workers

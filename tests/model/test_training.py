@@ -16,7 +16,7 @@ from model import training
 from model.checkpoint import export_weights, import_weights
 from model.gpt import GPT, ModelConfig
 from model.optimizer import Optimizer, OptimizerConfig, build_optimizer
-from model.training import StepMeasures, autocast, bits_per_byte, choose_precision, parallelize, train_step
+from model.training import StepMeasures, autocast, choose_precision, parallelize, train_step
 
 TINY = ModelConfig(num_layers=2, width=16, num_heads=2, context_length=8, mlp_width=32)
 VOCABULARY = 70
@@ -206,14 +206,6 @@ def test_a_step_without_data_is_refused() -> None:
     optimizer = build_optimizer(model, OptimizerConfig(), total_steps=3)
     with pytest.raises(ValueError, match="at least one micro-batch"):
         train_step(parallelize(model), optimizer, [], step=0, global_tokens=1)
-
-
-def test_bits_per_byte_by_hand() -> None:
-    # Two tokens of probability 1/4 and 1/2 are 2 + 1 bits; "naïve" is six bytes in UTF-8.
-    nats = math.log(4) + math.log(2)
-    assert bits_per_byte(nats, len("naïve".encode())) == pytest.approx(0.5)
-    with pytest.raises(ValueError, match="at least one byte"):
-        bits_per_byte(1.0, 0)
 
 
 def test_precision_is_what_was_asked_for() -> None:

@@ -9,9 +9,12 @@ import torch
 from model.checkpoint import save_model
 from model.gpt import GPT
 from model.tokenizer import load_tokenizer
+from model.training import LossModule
 from pipeline.artifacts import Artifact, artifact_at
 from pipeline.config import Config
 from pipeline.evaluate import score_checkpoint
+from pipeline.training.plan import plan_training
+from pipeline.training.worker import score_validation
 from tests.pipeline.tiny_training import tiny_config, tiny_inputs
 
 
@@ -25,12 +28,17 @@ def inputs(config: Config) -> dict[str, Artifact]:
     return tiny_inputs(config, documents=60)
 
 
-def checkpoint(config: Config, inputs: dict[str, Artifact], folder: Path) -> tuple[Artifact, GPT]:
-    """A training's artifact whose model is as its seed made it."""
+def checkpoint(
+    config: Config, inputs: dict[str, Artifact], folder: Path, blocks_std: float = 0.0
+) -> tuple[Artifact, GPT]:
+    """A training's artifact whose model is as its seed made it; blocks start as the identity, or random."""
     tokenizer = load_tokenizer(inputs["tokenizer"].download(folder / "tokenizer"))
     torch.manual_seed(1)
     model = GPT(config.model, tokenizer.vocab_size).eval()
     torch.nn.init.normal_(model.head.weight, std=0.05)
+    if blocks_std:
+        for parameter in model.blocks.parameters():
+            torch.nn.init.normal_(parameter, std=blocks_std)
     model.clear_padding()
     save_model(folder / "export" / "checkpoint", model, tokenizer)
     artifact = artifact_at(config.storage, config.name, "train", "2" * 20)
@@ -59,6 +67,28 @@ def test_bits_per_byte_equals_a_sum_by_hand_over_every_held_out_token(config, in
     assert result["tokens"] == len(stream) - 1
     assert result["bytes"] == num_bytes
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_model_trained_inside_documents_is_scored_as_its_training_scored_it(config, inputs, tmp_path, precision):
+    inside = replace(config.train, document_boundaries=True, evaluation_tokens=0, precision=precision)
+    config = replace(config, train=inside, evaluate=replace(config.evaluate, batch_sequences=2))
+    train, model = checkpoint(config, inputs, tmp_path, blocks_std=0.3)
+    plan = plan_training(config, inputs, train, tracking_uri="", mlflow_run_id="", started=0)
+    tokenizer = load_tokenizer(inputs["tokenizer"].download(tmp_path / "again"))
+    own = score_validation(plan, LossModule(model), tokenizer, getattr(torch, precision))
+    result = score_checkpoint(config, train, inputs["prepare"])
+    assert (result["bits_per_byte"], result["tokens"]) == (own.bits_per_byte, own.tokens)
+    across = replace(config, train=replace(inside, document_boundaries=False))
+    assert abs(score_checkpoint(across, train, inputs["prepare"])["bits_per_byte"] - own.bits_per_byte) > 1e-4
+
+
+def test_decoded_shards_go_where_the_training_keeps_them(config, inputs, tmp_path):
+    train, _ = checkpoint(config, inputs, tmp_path)
+    score_checkpoint(
+        replace(config, stream=replace(config.stream, cache_folder=str(tmp_path / "cache"))), train, inputs["prepare"]
+    )
+    assert any((tmp_path / "cache").iterdir())
 
 
 def test_each_prompt_gets_one_sample(config, inputs, tmp_path):

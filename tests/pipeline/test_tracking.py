@@ -17,7 +17,7 @@ import pytest
 from pipeline import evaluate, orchestrator, tracking
 from pipeline.artifacts import artifact_at
 from pipeline.config import Config, load_config
-from pipeline.tracking import Tracker
+from pipeline.training.tracker import Tracker
 
 
 @pytest.fixture(scope="module")

@@ -3,21 +3,14 @@
 import json
 import math
 import re
-from collections import Counter
 from pathlib import Path
 
 import mlflow
 import pytest
 import torch
 import transformers
-from matplotlib.image import imread
-from torch._dynamo.utils import counters
 
-from model.budget import Memory
 from model.checkpoint import load_model
-from model.gpt import GPT
-from model.tokenizer import load_tokenizer
-from model.training import parallelize
 from pipeline import train
 from pipeline.artifacts import Artifact
 from pipeline.config import Config
@@ -97,8 +90,8 @@ def test_mlflow_run_holds_config_samples_and_loss_plot(training: Training, tmp_p
 def test_time_split_adds_up_to_the_wall_clock(training: Training) -> None:
     seconds = training.manifest.counts["seconds"]
     started = json.loads(training.output.read_text("run.json"))["started"]
-    progress = training.progress()
-    assert sum(progress.seconds.values()) == pytest.approx(progress.saved - started, abs=0.5)
+    history = training.history()
+    assert sum(history.seconds.values()) == pytest.approx(history.saved - started, abs=0.5)
     assert seconds["compute"] > 0
     assert seconds["evaluation"] > 0
 
@@ -144,17 +137,6 @@ def test_a_model_that_does_not_fit_names_the_settings_to_change(ray_session: Non
     assert "\n" not in str(raised.value)
 
 
-def test_advice_after_an_out_of_memory_goes_by_whether_the_model_alone_fits() -> None:
-    memory = Memory(weights=10**9, gradients=10**9, optimizer=2 * 10**9, activations=30 * 10**9, logits=2 * 10**9)
-    words = train.advise_out_of_memory(memory, 64, 24 * 10**9)
-    assert words.startswith("32.00 GB grow with train.micro_batch_sequences, now 64: lower that first")
-    words = train.advise_out_of_memory(memory, 1, 40 * 10**9)
-    assert words.startswith("32.00 GB grow with train.micro_batch_sequences, now 1: set train.recompute_activations")
-    words = train.advise_out_of_memory(memory, 64, 3 * 10**9)
-    assert words.startswith("4.00 GB are weights, gradients and moments, whatever the batch, and there are 3.00 GB")
-    assert "micro_batch" not in words
-
-
 def check(config: Config, inputs: dict[str, Artifact]) -> None:
     train.check_inputs(config, inputs)
 
@@ -191,25 +173,6 @@ def test_changed_config_under_an_old_name_is_refused_with_the_difference(storage
     )
     with pytest.raises(ValueError, match=r"model\.width was 64 and is now 32\..*train\.run"):
         train.open_run(config, inputs, output)
-
-
-def test_loss_plot_is_red_and_blue(tmp_path: Path) -> None:
-    picture = train.Progress(training=[[1, 5.0], [2, 4.0]], validation=[[0, 5.5, 2.7], [2, 4.2, 2.1]]).draw("tiny")
-    (tmp_path / "loss.png").write_bytes(picture)
-    pixels = imread(tmp_path / "loss.png")[..., :3]
-    assert ((pixels[..., 0] > 0.9) & (pixels[..., 1:].max(-1) < 0.4)).any()
-    assert ((pixels[..., 2] > 0.9) & (pixels[..., :2].max(-1) < 0.2)).any()
-
-
-def test_samples_of_a_compiled_model_compile_nothing(storage: str) -> None:
-    config = tiny_config(storage)
-    tokenizer = load_tokenizer(Path(tiny_inputs(config)["tokenizer"].url))
-    model = GPT(config.model, tokenizer.vocab_size)
-    parallelize(model, compile=True)
-    compiled = Counter(counters["frames"])
-    samples = train.write_samples(config, model, tokenizer, torch.float32)
-    assert all(samples.values())
-    assert Counter(counters["frames"]) == compiled
 
 
 def test_settings_of_speed_do_not_change_the_fingerprint() -> None:

@@ -17,13 +17,13 @@ import psutil
 import pytest
 from moto.server import ThreadedMotoServer
 
-from pipeline import train
+from pipeline.training import launch, worker
 from tests.pipeline.test_tracking import free_port, mlflow_server
 from tests.pipeline.tiny_training import (
     Training,
     dying_worker,
     last_checkpoint,
-    last_progress,
+    last_history,
     start_training,
     tiny_config,
     tiny_inputs,
@@ -52,7 +52,7 @@ def same_as(training: Training, other: Training) -> None:
 
 
 def killed(monkeypatch: pytest.MonkeyPatch, folder: Path, *deaths: tuple[int, int, str]) -> Training:
-    monkeypatch.setattr(train, "train_worker", dying_worker(folder, *deaths))
+    monkeypatch.setattr(launch, "train_worker", dying_worker(folder, *deaths))
     return start_training(str(folder / "storage"))
 
 
@@ -60,11 +60,11 @@ def test_killed_rank(undisturbed: Training, monkeypatch: pytest.MonkeyPatch, tmp
     training = killed(monkeypatch, tmp_path, (1, 6, "step"))
     same_as(training, undisturbed)
     assert training.manifest.counts["restarts"] == 1
-    [restart] = training.progress().restarts
+    [restart] = training.history().restarts
     assert restart["step"] in (4, 6)  # that of step 6, the best so far, may have been on its way
     assert restart["workers"] == 2
     assert restart["why"]
-    assert training.progress().seconds["restart"] > 0
+    assert training.history().seconds["restart"] > 0
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_killed_anywhere(
 def test_bad_batch_is_skipped_and_counted(
     ray_session: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train, "train_worker", dying_worker(tmp_path, (0, 5, "poison")))
+    monkeypatch.setattr(launch, "train_worker", dying_worker(tmp_path, (0, 5, "poison")))
     training = start_training(str(tmp_path / "storage"), "train.on_bad_loss=skip")
     assert training.manifest.counts["skipped_steps"] == [6]
     assert list(training.losses()) == [1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12]
@@ -101,7 +101,7 @@ def test_bad_batch_is_skipped_and_counted(
 def test_bad_batch_stops_the_run_and_keeps_the_checkpoint_before_it(
     ray_session: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(train, "train_worker", dying_worker(tmp_path, (0, 6, "poison")))
+    monkeypatch.setattr(launch, "train_worker", dying_worker(tmp_path, (0, 6, "poison")))
     storage = str(tmp_path / "storage")
     with pytest.raises(ValueError, match="The loss of step 7 is nan"):
         start_training(storage)
@@ -117,14 +117,14 @@ def test_bad_batch_stops_the_run_and_keeps_the_checkpoint_before_it(
 def test_workers_that_always_fail_are_given_up(
     ray_session: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def fail(loop_config: dict[str, object]) -> None:
+    def fail(told: dict[str, object]) -> None:
         def refuse(*_: object, **__: object) -> None:
             raise RuntimeError("no such kernel")
 
-        train.train_step = refuse  # type: ignore[assignment]
-        train.train_worker(loop_config)  # type: ignore[arg-type]
+        worker.train_step = refuse  # type: ignore[assignment]
+        worker.train_worker(told)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(train, "train_worker", fail)
+    monkeypatch.setattr(launch, "train_worker", fail)
     with pytest.raises(ValueError, match=r"failed 5 times in a row after step 0.*no such kernel"):
         start_training(str(tmp_path))
 
@@ -198,7 +198,7 @@ def test_sigterm_saves_and_exits_within_thirty_seconds(long_undisturbed: Trainin
     assert time.monotonic() - asked < 30
     assert first.process.returncode == 128 + signal.SIGTERM
     config = tiny_config(str(tmp_path), *LONG)
-    stopped_at = last_progress(config, tiny_output(config, tiny_inputs(config))).step
+    stopped_at = last_history(config, tiny_output(config, tiny_inputs(config))).step
     assert stopped_at > 133
     assert stopped_at % 20 != 0 or stopped_at < 300  # a checkpoint of its own
     second = Driver(tmp_path, *LONG)

@@ -18,7 +18,9 @@ from model.tokenizer import Tokenizer, train_bpe
 from pipeline import orchestrator, train
 from pipeline.artifacts import Artifact, Manifest, artifact_at
 from pipeline.config import Config, load_config
+from pipeline.training import worker
 from pipeline.training.checkpoints import CheckpointStore
+from pipeline.training.history import History
 from tests.mlflow_store import point_mlflow_at
 
 WORDS = (
@@ -106,11 +108,11 @@ class Training:
     output: Artifact
     manifest: Manifest
 
-    def progress(self) -> train.Progress:
-        return last_progress(self.config, self.output)
+    def history(self) -> History:
+        return last_history(self.config, self.output)
 
     def losses(self) -> dict[int, float]:
-        return {int(step): loss for step, loss in self.progress().training}
+        return {int(step): loss for step, loss in self.history().training}
 
     def weights_digest(self) -> str:
         return last_checkpoint(self.config, self.output).files["model.safetensors"].sha256
@@ -137,9 +139,9 @@ def last_checkpoint(config: Config, output: Artifact) -> Manifest:
     return next(CheckpointStore(output, config.train.keep_checkpoints).whole())[1]
 
 
-def last_progress(config: Config, output: Artifact) -> train.Progress:
+def last_history(config: Config, output: Artifact) -> History:
     name, _ = next(CheckpointStore(output, config.train.keep_checkpoints).whole())
-    return train.Progress.load(Path(output.file(f"checkpoints/{name}")))
+    return History.load(Path(output.file(f"checkpoints/{name}")))
 
 
 def dying_worker(folder: Path, *deaths: tuple[int, int, str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -149,9 +151,9 @@ def dying_worker(folder: Path, *deaths: tuple[int, int, str]) -> Callable[[dict[
     written, the rest is not). `poison` makes that step's loss NaN instead.
     """
 
-    def worker(loop_config: dict[str, Any]) -> dict[str, Any]:
+    def doomed_worker(told: dict[str, Any]) -> dict[str, Any]:
         rank = ray.train.get_context().get_world_rank()
-        step_for_real, save_for_real = train.train_step, train.save_training_state
+        step_for_real, save_for_real = worker.train_step, worker.save_training_state
 
         def happens(step: int, where: str) -> bool:
             marker = folder / f"{rank}-{step}-{where}"
@@ -186,7 +188,7 @@ def dying_worker(folder: Path, *deaths: tuple[int, int, str]) -> Callable[[dict[
             die(int(into.name.split("-")[1]), "checkpoint")
             save_for_real(into, state)
 
-        train.train_step, train.save_training_state = step_or_die, save_or_die  # type: ignore[assignment]
-        return train.train_worker(loop_config)
+        worker.train_step, worker.save_training_state = step_or_die, save_or_die  # type: ignore[assignment]
+        return worker.train_worker(told)
 
-    return worker
+    return doomed_worker

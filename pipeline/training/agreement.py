@@ -1,0 +1,66 @@
+"""What all ranks of a training must do alike though only some of them know it."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
+
+
+class Agreement:
+    """What all ranks must do alike though only some of them know: stop, save, resume from one checkpoint.
+
+    Every step starts one tiny all-reduce over gloo and reads that of the step before, so nobody waits for it.
+    """
+
+    def __init__(self, world_size: int, line: Any) -> None:
+        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
+        self._asked: tuple[torch.Tensor, Any] | None = None
+        self._driver_stops = False
+        self._preempted = False
+        self._closed = threading.Event()
+        if line is not None:
+            threading.Thread(target=self._listen, args=(line,), name="listen-to-driver", daemon=True).start()
+
+    def from_rank_0(self, find: Callable[[], Any]) -> Any:
+        """Return on every rank what `find` returns on rank 0."""
+        found = [find() if self._group is None or dist.get_rank() == 0 else None]
+        if self._group is not None:
+            dist.broadcast_object_list(found, src=0, group=self._group)
+        return found[0]
+
+    def exchange(self, *, save: bool) -> tuple[bool, bool]:
+        """Tell the others whether to stop and to save; returns what all had said one step earlier."""
+        preempted = is_preempted()
+        save, self._preempted = save or (preempted and not self._preempted), preempted
+        wishes = torch.tensor([self._driver_stops, save], dtype=torch.int32)
+        earlier, self._asked = self._asked, None
+        if self._group is None:
+            return bool(wishes[0]), bool(wishes[1])
+        self._asked = wishes, dist.all_reduce(wishes, dist.ReduceOp.MAX, self._group, async_op=True)
+        if earlier is None:
+            return False, False
+        earlier[1].wait()
+        return bool(earlier[0][0]), bool(earlier[0][1])
+
+    def close(self) -> None:
+        self._closed.set()
+        if self._asked is not None:
+            self._asked[1].wait()
+
+    def _listen(self, line: Any) -> None:
+        while not self._closed.wait(0.5):
+            try:
+                self._driver_stops = ray.get(line.is_stopping.remote())
+            except ray.exceptions.RayError:
+                return  # the driver is gone, and Ray ends its workers
+
+
+def is_preempted() -> bool:
+    """Tell whether Ray has announced that a node of ours goes away (a spot warning, a drain)."""
+    # `ray.train.get_preemption_info` is a barrier of all workers, too much for every step; this is its source.
+    context = getattr(get_internal_train_context(), "preemption_context", None)
+    return getattr(context, "preemption_info", None) is not None

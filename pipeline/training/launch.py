@@ -1,0 +1,91 @@
+"""The driver's side of a training: starts Ray Train's workers, shows what they say, passes on the wish to stop."""
+
+import signal
+import threading
+import time
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from model.training import ONE_HEAP
+from pipeline.training.line import FailureNotes, Line
+from pipeline.training.plan import TrainingPlan
+from pipeline.training.resources import wants_gpu, worker_resources
+from pipeline.training.signals import caught_signals
+from pipeline.training.worker import train_worker
+
+
+def launch(plan: TrainingPlan) -> dict[str, Any]:
+    """Train to the last step, restarts included; returns what rank 0 returned.
+
+    Raises `ValueError` with one sentence for what no restart would mend, and `SystemExit` or `KeyboardInterrupt`
+    after a signal, once a checkpoint is written.
+    """
+    # Beside the driver: on a worker's node it would die with that node.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    line = ray.remote(num_cpus=0)(Line).options(scheduling_strategy=here).remote()
+    options = plan.train
+    use_gpu = wants_gpu(options)
+    fewest, most = options.fewest_workers, options.most_workers
+    trainer = TorchTrainer(
+        train_worker,  # type: ignore[arg-type]  # Ray's types know no return value
+        train_loop_config={"plan": plan, "line": line},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=600),
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # here and below: its types are of the older API
+            num_workers=fewest if fewest == most else (fewest, most),  # type: ignore[arg-type]
+            use_gpu=use_gpu,
+            resources_per_worker=worker_resources(options, use_gpu),
+            elastic_resize_monitor_interval_s=5,
+        ),
+        run_config=RunConfig(  # type: ignore[call-arg]
+            name="ray",
+            storage_path=plan.output.url,
+            failure_config=FailureConfig(max_failures=options.max_restarts),
+            callbacks=[FailureNotes(line)],  # type: ignore[list-item]
+            worker_runtime_env=None if use_gpu else {"env_vars": ONE_HEAP},
+        ),
+    )
+    return attend(trainer, line)
+
+
+def attend(trainer: TorchTrainer, line: Any) -> dict[str, Any]:
+    """Run the trainer, print what the workers say, and turn SIGTERM and Ctrl-C into a checkpoint and a clean stop."""
+    outcome: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            outcome["value"] = trainer.fit().return_value  # type: ignore[attr-defined]
+        except BaseException as error:
+            outcome["error"] = error
+
+    # Not in the main thread: there `fit` would take over Ctrl-C and abort without a checkpoint.
+    fitting = threading.Thread(target=fit, name="trainer", daemon=True)
+    with caught_signals() as caught:
+        fitting.start()
+        asked_at = None
+        while fitting.is_alive():
+            fitting.join(0.25)
+            for words in ray.get(line.listen.remote()):
+                print(words, flush=True)
+            if caught and asked_at is None:
+                print("stopping: writing a checkpoint first", flush=True)
+                line.stop.remote()
+                asked_at = time.monotonic()
+            if len(caught) > 1 or (asked_at is not None and time.monotonic() - asked_at > 25):
+                break
+        if not fitting.is_alive():
+            for words in ray.get(line.listen.remote()):
+                print(words, flush=True)
+    fatal = ray.get(line.fatal.remote())
+    if fatal is not None:
+        raise ValueError(fatal)
+    if caught:
+        if caught[0] == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + caught[0])
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["value"]

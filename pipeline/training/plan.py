@@ -1,0 +1,64 @@
+"""What one training is: made from the whole config by one function, and all that the workers' loop reads.
+
+plan = plan_training(config, inputs, output, tracking_uri=..., mlflow_run_id=..., started=...)
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from model.config import ModelConfig, OptimizerConfig
+from pipeline.artifacts import Artifact
+from pipeline.config import Config, StreamConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What every worker is told: the same loop runs for the stage, a search's trial, a benchmark or a test."""
+
+    name: str
+    seed: int
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    stream: StreamConfig
+    train: TrainConfig
+    shards: Artifact
+    tokenizer: Artifact
+    output: Artifact
+    vocab_size: int
+    bytes_per_token: float  # of the training split: turns nats per token into bits per byte
+    start: str = ""  # a Hugging Face folder that every worker can read, for the first weights; empty: random ones
+    tracking_uri: str = ""
+    mlflow_run_id: str = ""  # empty: nothing goes to MLflow
+    started: float = field(default_factory=time.time)  # Unix time of the run's first start, restarts included
+
+
+def plan_training(
+    config: Config,
+    inputs: Mapping[str, Artifact],
+    output: Artifact,
+    *,
+    tracking_uri: str,
+    mlflow_run_id: str,
+    started: float,
+) -> TrainingPlan:
+    """Plan the training that a config describes, on the shards and with the tokenizer among `inputs`."""
+    shards = inputs["prepare"].manifest()
+    assert shards is not None
+    train_split = shards.counts["train"]
+    return TrainingPlan(
+        name=config.name,
+        seed=config.seed,
+        model=config.model,
+        optimizer=config.optimizer,
+        stream=config.stream,
+        train=config.train,
+        shards=inputs["prepare"],
+        tokenizer=inputs["tokenizer"],
+        output=output,
+        vocab_size=shards.counts["vocabulary_size"],
+        bytes_per_token=train_split["bytes"] / train_split["tokens"],
+        tracking_uri=tracking_uri,
+        mlflow_run_id=mlflow_run_id,
+        started=started,
+    )

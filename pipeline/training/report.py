@@ -1,0 +1,171 @@
+"""What rank 0 tells of a training: to MLflow, to the driver's screen, and to the curves that checkpoints keep."""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from model.gpt import GPT
+from pipeline.training.gauges import TrainingGauges
+from pipeline.training.goodput import TimeSplit, memory_metrics, peak_flops
+from pipeline.training.history import History
+from pipeline.training.plan import TrainingPlan
+from pipeline.training.tracker import Tracker
+
+
+class BadLoss(ArithmeticError):
+    """A loss or a gradient that is no number."""
+
+    def __init__(self, step: int, loss: float, gradient_norm: float) -> None:
+        super().__init__(f"The loss of step {step} is {loss}, its gradient norm {gradient_norm}")
+        self.step = step
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well the val split is predicted, how long the weights are as one vector, and what the model writes."""
+
+    nats_per_token: float
+    bits_per_byte: float
+    weight_norm: float
+    samples: dict[str, str]  # prompt -> continuation
+
+
+class Report:
+    """What rank 0 tells: MLflow in the background, the driver's screen, and the curves that checkpoints keep."""
+
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        line: Any,
+        history: History,
+        clock: TimeSplit,
+        model: GPT,
+        world_size: int,
+        precision: torch.dtype,
+    ) -> None:
+        self._plan, self._line, self._options = plan, line, plan.train
+        self._history, self._clock, self._model = history, clock, model
+        device = next(model.parameters()).device
+        self._peak_flops = world_size * peak_flops(device, precision)
+        self._tracker = Tracker(plan.tracking_uri, plan.mlflow_run_id, unsent=history.unsent, resumed=True)
+        self._gauges = TrainingGauges(plan.name)
+        self._last_save = self._began = time.monotonic()
+        self._first_step = history.step
+        self._marked = (history.tokens, self._training_seconds())
+        words = f"training on {world_size} worker{'s' * (world_size > 1)} ({device.type}, {str(precision)[6:]})"
+        if history.restarts:
+            self._tracker.log_text("restarts.json", json.dumps(history.restarts, indent=1))
+            words += f", going on from step {history.step:,}"
+        self._say(words)
+
+    def step_done(self, step: int, loss: float, gradient_norm: float, rates: dict[str, float], skipped: bool) -> None:
+        """Note one step; every `log_every_steps` also to MLflow and the screen."""
+        if skipped:
+            self._say(f"step {step:,}: loss {loss}, gradient norm {gradient_norm}: this batch was skipped")
+        if step % self._options.log_every_steps and step != self._options.steps:
+            return
+        bits = loss / math.log(2) / self._plan.bytes_per_token
+        tokens_per_second = self._tokens_per_second()
+        metrics = {
+            "run/restarts": len(self._history.restarts),
+            "run/skipped_steps": len(self._history.skipped_steps),
+            "speed/tokens_per_second": tokens_per_second,
+            "speed/mfu": tokens_per_second * self._model.flops_per_token() / self._peak_flops,
+            **{f"learning_rate/{group}": rate for group, rate in rates.items()},
+            **({} if step == self._options.steps else self._time_metrics()),  # `finish` logs the last ones
+            **memory_metrics(),
+        }
+        if math.isfinite(loss):
+            self._history.training.append([step, loss])
+            metrics |= {"train/loss": loss, "train/bits_per_byte": bits, "train/gradient_norm": gradient_norm}
+        self._tracker.log_metrics(metrics, step)
+        self._gauges.show(metrics, step)
+        self._say(
+            f"step {step:>{len(str(self._options.steps))}}/{self._options.steps}   loss {loss:.4f}"
+            f"   {bits:.3f} bits per byte   {tokens_per_second:,.0f} tokens/s   {self._time_left(step)} left"
+        )
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Note an evaluation; the first of all is of the untrained model."""
+        history = self._history
+        metrics = {
+            "validation/loss": evaluation.nats_per_token,
+            "validation/bits_per_byte": evaluation.bits_per_byte,
+            "weights/norm": evaluation.weight_norm,
+        }
+        self._tracker.log_metrics(metrics, history.step)
+        self._gauges.show(metrics, history.step)
+        words = f"step {history.step:,}: {evaluation.bits_per_byte:.4f} bits per byte on held-out text"
+        self._say(words + " (the best so far)" * (history.step == history.best_step > 0))
+        if evaluation.samples:
+            text = "\n\n".join(f"[{prompt}]{continuation}" for prompt, continuation in evaluation.samples.items())
+            self._tracker.log_text(f"samples/step_{history.step:08d}.txt", text)
+            prompt, continuation = next(iter(evaluation.samples.items()))
+            if history.step > 0:
+                self._say("  sample: " + " ".join((prompt + continuation).split())[:100])
+        frozen, name = history.copy(), self._plan.name
+        self._tracker.log_drawing("loss.png", lambda: frozen.draw(name))
+
+    def is_save_due(self) -> bool:
+        minutes = self._options.checkpoint_every_minutes
+        return minutes > 0 and time.monotonic() - self._last_save > 60 * minutes
+
+    def freeze(self) -> History:
+        """Return the history as it is now, for the checkpoint that is about to be written."""
+        self._last_save = time.monotonic()
+        self._history.seconds = self._clock.seconds()
+        self._history.saved = time.time()
+        self._history.unsent = self._tracker.unsent()
+        return self._history.copy()
+
+    def describe_bad_loss(self, error: BadLoss, identity: dict[str, Any]) -> str:
+        """Save which batch it was and return the sentence for the user."""
+        name = f"bad_batch_step_{error.step:08d}.json"
+        text = json.dumps(identity, indent=1)
+        self._plan.output.write_text(name, text)
+        self._tracker.log_text(name, text)
+        self._tracker.close(timeout_seconds=10)
+        return (
+            f"{error}; training stopped there. The batch is named in {self._plan.output.url}/{name}, and the last"
+            " checkpoint is from before it. Lower the learning rate, or set train.on_bad_loss=skip to go on without"
+            " such batches."
+        )
+
+    def finish(self) -> dict[str, Any]:
+        """Return what the driver needs; MLflow, if it is away, is the driver's to wait for, not the GPUs'."""
+        self._tracker.log_metrics(self._time_metrics(), self._history.step)
+        return {
+            "unsent": self._tracker.close(timeout_seconds=10),
+            "num_parameters": self._model.num_parameters(),
+            "seconds": self._clock.seconds(),
+        }
+
+    def _say(self, words: str) -> None:
+        self._line.say.remote(words)
+
+    def _training_seconds(self) -> float:
+        seconds = self._clock.seconds()
+        return seconds["compute"] + seconds["data_wait"]
+
+    def _tokens_per_second(self) -> float:
+        """Tokens of the steps since the last call, over the time that training them took."""
+        now = (self._history.tokens, self._training_seconds())
+        before, self._marked = self._marked, now
+        return (now[0] - before[0]) / max(now[1] - before[1], 1e-9)
+
+    def _time_left(self, step: int) -> str:
+        per_step = (time.monotonic() - self._began) / max(step - self._first_step, 1)
+        seconds = round(per_step * (self._options.steps - step))
+        hours, minutes = seconds // 3600, seconds // 60 % 60
+        return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds % 60} s" if minutes else f"{seconds} s"
+
+    def _time_metrics(self) -> dict[str, float]:
+        seconds = self._clock.seconds()
+        return {f"time/{name}_seconds": value for name, value in seconds.items()} | {
+            "time/wall_clock_seconds": sum(seconds.values()),
+            "time/goodput": seconds["compute"] / max(sum(seconds.values()), 1e-9),
+        }

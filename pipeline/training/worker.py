@@ -1,0 +1,289 @@
+"""The loop that every worker of a training runs, top to bottom: data, model, optimizer, resume, loop, report.
+
+Which tokens a step sees and which randomness it uses are functions of (seed, step) alone, so a training that was
+killed anywhere goes on from its last checkpoint as if it had never stopped.
+"""
+
+import gc
+import hashlib
+import logging
+import math
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from safetensors.torch import load_file
+
+from model.checkpoint import (
+    WEIGHTS,
+    export_weights,
+    import_weights,
+    load_training_state,
+    save_training_state,
+    write_model,
+)
+from model.gpt import GPT
+from model.optimizer import Optimizer, build_optimizer
+from model.scoring import Score, score_batches
+from model.tokenizer import Tokenizer, load_tokenizer
+from model.training import LossModule, StepMeasures, choose_precision, parallelize, train_step
+from pipeline.corpus.stream import TokenStream, ValidationStream
+from pipeline.training.agreement import Agreement
+from pipeline.training.checkpoints import BackgroundWriter, CheckpointStore
+from pipeline.training.goodput import TimeSplit, weight_norm
+from pipeline.training.history import History
+from pipeline.training.line import LineHandler
+from pipeline.training.memory import explain_out_of_memory, is_out_of_memory
+from pipeline.training.plan import TrainingPlan
+from pipeline.training.report import BadLoss, Evaluation, Report
+from pipeline.training.resources import set_threads
+from pipeline.training.samples import write_samples
+
+
+def train_worker(told: dict[str, Any]) -> dict[str, Any]:
+    """Be one of Ray Train's workers; tells the driver at once of what no restart would mend."""
+    plan: TrainingPlan = told["plan"]
+    line = told["line"]
+    try:
+        return train_on_one(plan, line)
+    except ValueError as error:
+        ray.get(line.give_up.remote(str(error)))
+        raise
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            world_size, device = ray.train.get_context().get_world_size(), ray.train.torch.get_device()
+            ray.get(line.give_up.remote(explain_out_of_memory(error, plan, device, world_size)))
+        raise
+
+
+def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
+    """Train on one worker from the last checkpoint to the last step; returns what the driver needs to finish.
+
+    `line` is the handle of a `Line` actor.
+    """
+    options = plan.train
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    if rank == 0:
+        logging.getLogger("pipeline").addHandler(LineHandler(line))  # warnings reach the person at the driver
+    if ray.get(line.fatal.remote()) is not None:
+        return {}  # no restart would mend what stopped the workers before these
+    device = ray.train.torch.get_device()
+    precision = choose_precision(options.precision, device)
+    set_threads(options.threads_per_worker, context.get_local_world_size())
+    agreement = Agreement(world_size, line if rank == 0 else None)
+    store = CheckpointStore(plan.output, options.keep_checkpoints)
+    scratch = Path(tempfile.mkdtemp(prefix="train-"))
+
+    # data: batch `step` is the same whatever the number of workers, and whatever happened before
+    stream = open_stream(plan, pin_memory=device.type == "cuda")
+    tokenizer = load_tokenizer(plan.tokenizer.download(scratch / "tokenizer"))
+
+    # model: as it was in the newest whole checkpoint, or as it starts
+    torch.manual_seed(plan.seed)
+    model = GPT(plan.model, tokenizer.vocab_size)
+    if rank == 0:
+        store.remove_unfinished()
+    newest = agreement.from_rank_0(lambda: store.newest(scratch))
+    resumed = None if newest is None else store.fetch(newest, scratch / newest)
+    first_weights = resumed or (Path(plan.start) if plan.start else None)
+    if first_weights is not None:
+        import_weights(model, load_file(first_weights / WEIGHTS), str(first_weights))
+    model.to(device)
+    strategy = options.sharding if world_size > 1 else "none"
+    module = parallelize(
+        model,
+        strategy=strategy,
+        compile=options.compile,
+        precision=precision,
+        recompute=options.recompute_activations,
+    )
+
+    # optimizer
+    optimizer = build_optimizer(model, plan.optimizer, options.steps)
+
+    # resume
+    history = History()
+    if resumed is not None:
+        optimizer.load_state_dict(load_training_state(resumed)["optimizer"])
+        history = History.load(resumed)
+    why = agreement.from_rank_0(lambda: ray.get(line.begin.remote(history.step)))
+    if resumed is not None:
+        history.note_restart(world_size, why)
+    clock = TimeSplit(history.seconds, history.saved or plan.started, "restart" if resumed else "startup")
+    report = Report(plan, line, history, clock, model, world_size, precision) if rank == 0 else None
+    writer = BackgroundWriter()
+
+    def evaluate() -> float:
+        """Score the val split on all ranks; rank 0 writes samples and reports."""
+        with clock.during("evaluation"):
+            scored = module if strategy == "fsdp" else LossModule(model)
+            score = score_validation(plan, scored, tokenizer, precision, rank, world_size)
+            history.note_score(score.nats_per_token, score.bits_per_byte)
+            norm = weight_norm(model)
+            if report is not None:
+                # What is sharded, one rank alone cannot ask for an answer.
+                prompts = options.sample_prompts if strategy != "fsdp" else []
+                samples = write_samples(model, tokenizer, prompts, options.sample_tokens, plan.seed, precision)
+                report.evaluated(Evaluation(score.nats_per_token, score.bits_per_byte, norm, samples))
+            gc.collect()
+        return score.bits_per_byte
+
+    def save(bits_per_byte: float | None) -> None:
+        """Copy what a resume needs; it is written while training goes on."""
+        if report is None and strategy != "fsdp":
+            return  # what is sharded, all ranks gather
+        with clock.during("checkpoint"):
+            weights, state = export_weights(model), {"optimizer": on_cpu(optimizer.state_dict())}
+            if report is not None:
+                frozen = report.freeze()
+                counts = {"bits_per_byte": bits_per_byte}
+                write = partial(write_checkpoint, plan, tokenizer, weights, state, frozen)
+                writer.start(lambda: store.write(frozen.step, counts, write))
+
+    # loop
+    batches = stream.batches(history.step, rank, world_size)
+    unread: tuple[int, StepMeasures] | None = None  # of the last step: read while a GPU is busy with the next
+    stopping = False
+    try:
+        if history.step == 0:
+            evaluate()
+        gc.collect()
+        gc.disable()  # its pauses would hold up every rank; it runs at each evaluation
+        while history.step < options.steps and not stopping:
+            clock.switch("data_wait")
+            batch = next(batches)
+            clock.switch("compute")
+            seed_step(plan.seed, history.step, rank)
+            measures = train_step(
+                module,
+                optimizer,
+                batch.split(options.micro_batch_sequences),
+                step=history.step,
+                global_tokens=batch.global_tokens,
+                precision=precision,
+                skip_bad_loss=options.on_bad_loss == "skip",
+            )
+            read_measures(unread, optimizer, history, report)
+            history.step += 1
+            history.tokens += batch.global_tokens
+            unread = (history.step, measures)
+
+            # report
+            writer.check()
+            stopping, saving = agreement.exchange(save=report is not None and report.is_save_due())
+            finished = history.step == options.steps
+            evaluating = finished or history.step % options.evaluate_every_steps == 0
+            every = options.checkpoint_every_steps
+            saving = saving or stopping or finished or (every > 0 and history.step % every == 0)
+            if evaluating or saving:
+                read_measures(unread, optimizer, history, report)
+                unread = None
+                bits_per_byte = evaluate() if evaluating else None
+                if saving or bits_per_byte == history.best_bits_per_byte:
+                    save(bits_per_byte)
+        agreement.close()
+        with clock.during("checkpoint"):
+            writer.wait()
+    except BadLoss as error:
+        writer.wait()  # the checkpoint before the bad step may still be on its way
+        if report is not None:
+            ray.get(line.give_up.remote(report.describe_bad_loss(error, stream.identity(error.step - 1))))
+        return {}
+    finally:
+        gc.enable()
+        stream.close()
+        shutil.rmtree(scratch, ignore_errors=True)
+    return {} if report is None else report.finish()
+
+
+def score_validation(
+    plan: TrainingPlan,
+    module: torch.nn.Module,
+    tokenizer: Tokenizer,
+    precision: torch.dtype,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Score:
+    """Score each rank's part of the val split and add them up; every rank returns the same."""
+    stream = ValidationStream(
+        plan.shards,
+        context_length=plan.model.context_length,
+        batch_sequences=plan.train.micro_batch_sequences,
+        max_tokens=plan.train.evaluation_tokens,
+        cache_folder=plan.stream.cache_folder or None,
+        cache_gigabytes=plan.stream.cache_gigabytes,
+        document_boundaries=plan.train.document_boundaries,
+    )
+    return score_batches(
+        module,
+        stream.batches(rank, world_size),
+        tokenizer.byte_lengths,
+        precision=precision,
+        over_ranks=world_size > 1,
+    )
+
+
+def write_checkpoint(
+    plan: TrainingPlan,
+    tokenizer: Tokenizer,
+    weights: dict[str, torch.Tensor],
+    state: dict[str, Any],
+    history: History,
+    folder: Path,
+) -> None:
+    """Fill a checkpoint's folder: what `transformers` reads, and what a resume needs beside it."""
+    write_model(folder, plan.model, tokenizer.vocab_size, weights, tokenizer)
+    save_training_state(folder, state)
+    history.save(folder)
+
+
+def read_measures(
+    unread: tuple[int, StepMeasures] | None, optimizer: Optimizer, history: History, report: Report | None
+) -> None:
+    """Look at what a step measured, for which the host waits; raises `BadLoss` unless that step was skipped."""
+    if unread is None:
+        return
+    step, measures = unread
+    loss, gradient_norm = measures.read()
+    if measures.skipped:
+        history.skipped_steps.append(step)
+    elif not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+        raise BadLoss(step, loss, gradient_norm)
+    if report is not None:
+        report.step_done(step, loss, gradient_norm, optimizer.learning_rates(step - 1), measures.skipped)
+
+
+def open_stream(plan: TrainingPlan, *, pin_memory: bool) -> TokenStream:
+    return TokenStream(
+        plan.shards,
+        context_length=plan.model.context_length,
+        batch_sequences=plan.train.batch_tokens // plan.model.context_length,
+        seed=plan.seed,
+        cache_folder=plan.stream.cache_folder or None,
+        cache_gigabytes=plan.stream.cache_gigabytes,
+        window_tokens=plan.stream.window_tokens,
+        document_boundaries=plan.train.document_boundaries,
+        pin_memory=pin_memory,
+    )
+
+
+def on_cpu(tree: Any) -> Any:
+    """Copy nested tensors to the host; a copy even there, since training goes on while it is written."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {key: on_cpu(value) for key, value in tree.items()}
+    return [on_cpu(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make dropout a function of the step too, so that a resumed run draws what it would have drawn."""
+    digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -23,10 +23,8 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every print of a training worker appears twice
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # a wrong guess of the elastic policy costs this long
-    "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # the default, 32, is 32 processes to read a few footers
-    "RAY_DATA_PARQUET_BIN_PACKING_BYTES": "16777216",  # blocks small enough to keep every core busy
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Serve's proxies speak OpenAI's error shape too: see pipeline/api_errors.py.
+    # Serve's proxies speak OpenAI's error shape too: see pipeline/serving/errors.py.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "pipeline.serving.errors.proxy_middlewares",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",

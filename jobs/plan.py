@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 
-NAMED_VOCABULARIES = {"gpt2": 50_257, "r50k_base": 50_257, "cl100k_base": 100_277, "o200k_base": 200_019}
 GPUS_PER_NODE = 8
 NETWORK_SHARE = 0.8  # of the nominal bandwidth, as all-reduce reaches it
 
@@ -29,7 +28,7 @@ def run(config: "Config", options: argparse.Namespace) -> None:
     from pipeline.training.memory import advise_out_of_memory
 
     gpu, model, train = options.gpu, config.model, config.train
-    vocab_size = NAMED_VOCABULARIES.get(config.tokenizer.kind, config.tokenizer.vocabulary_size)
+    vocab_size = config.tokenizer.most_tokens
     parameters = count_parameters(model, vocab_size)
     tokens = train.steps * train.batch_tokens
     flops = flops_per_token(model, vocab_size)

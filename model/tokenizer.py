@@ -21,7 +21,8 @@ import numpy as np
 import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
-NAMED_TOKENIZERS = ("gpt2", "r50k_base", "cl100k_base", "o200k_base")
+# tiktoken's name -> tokens, the end of text included.
+NAMED_TOKENIZERS = {"gpt2": 50_257, "r50k_base": 50_257, "cl100k_base": 100_258, "o200k_base": 200_000}
 
 # How text is split before merging. Both end a piece wherever a single space stands before a word.
 PATTERNS = {

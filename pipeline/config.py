@@ -61,6 +61,11 @@ class TokenizerConfig:
         require(self.vocabulary_size <= 2**24, "tokenizer.vocabulary_size can be 16,777,216 at most.")
         require(self.sample_megabytes > 0, "tokenizer.sample_megabytes must be positive.")
 
+    @property
+    def most_tokens(self) -> int:
+        """The size of the vocabulary before it is made; a small corpus may yield fewer tokens."""
+        return NAMED_TOKENIZERS.get(self.kind, self.vocabulary_size)
+
 
 @dataclass(frozen=True)
 class PrepareConfig:

@@ -185,7 +185,7 @@ def node_versions() -> dict[str, str]:
 
 def check_disk(config: Config) -> str:
     """Each node keeps two windows of decoded shards, and a checkpoint while it is on its way to storage."""
-    bytes_per_token = 2 if _vocabulary(config) <= 65536 else 4
+    bytes_per_token = 2 if config.tokenizer.most_tokens <= 65536 else 4
     tokens = min(2 * config.stream.window_tokens, config.train.steps * config.train.batch_tokens)
     cache = min(tokens * bytes_per_token, int(config.stream.cache_gigabytes * 1e9))
     # Weights and two moments of the optimizer, in float32.
@@ -428,12 +428,7 @@ def time_all_reduce(address: str, rank: int, world_size: int, backend: str, size
 
 def model_bytes(config: Config) -> int:
     """Bytes of the weights, and of the gradients, in float32."""
-    return 4 * count_parameters(config.model, _vocabulary(config))
-
-
-def _vocabulary(config: Config) -> int:
-    named = {"gpt2": 50_257, "r50k_base": 50_257, "cl100k_base": 100_277, "o200k_base": 200_019}
-    return named.get(config.tokenizer.kind, config.tokenizer.vocabulary_size)
+    return 4 * count_parameters(config.model, config.tokenizer.most_tokens)
 
 
 def _gigabytes(count: float) -> str:

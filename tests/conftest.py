@@ -6,18 +6,9 @@ from pathlib import Path
 
 import pytest
 
-ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
-    "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "pipeline.serving.errors.proxy_middlewares",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    "AWS_EC2_METADATA_DISABLED": "true",
-    "HF_HUB_OFFLINE": "1",
-}
+from jobs.command import ENVIRONMENT as JOBS_ENVIRONMENT
+
+ENVIRONMENT = JOBS_ENVIRONMENT | {"HF_HUB_OFFLINE": "1"}
 # Set before anything imports ray or mlflow: both read some of these at import.
 os.environ.update(ENVIRONMENT)
 

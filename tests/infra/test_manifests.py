@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from jobs.command import ENVIRONMENT
 from tests.infra.manifests import INFRA, OVERLAYS, ROOT, build, containers, load, pod_templates
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -195,6 +196,15 @@ def test_what_is_compiled_lies_in_a_folder_that_the_image_has_and_volumes_are_mo
     assert re.search(r"install .*--owner=ray .*/home/ray/compiled\b", image), "a volume takes over its owner"
     for name in ("worker", "worker-gpu"):
         assert "compiled:/home/ray/compiled" in COMPOSE["services"][name]["volumes"]
+
+
+def test_the_image_sets_nothing_otherwise_than_the_jobs_do() -> None:
+    """Servers and `ray start` run in it without a job's first lines."""
+    in_image = dict(re.findall(r"\b((?:RAY|MLFLOW|AWS)_\w+)=(\S+)", stage_of_image("base")))
+    shared = in_image.keys() & ENVIRONMENT.keys()
+    assert {name: in_image[name] for name in shared} == {name: ENVIRONMENT[name] for name in shared}
+    assert in_image.keys() == shared
+    assert "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH" in shared
 
 
 # ---------------------------------------------------------------------------------------------- compose

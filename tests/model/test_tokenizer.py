@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
+import tiktoken_ext.openai_public
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.tokenizer import (
     END_OF_TEXT,
     LARGE_PATTERNS,
+    NAMED_TOKENIZERS,
     PATTERNS,
     Tokenizer,
     build_char,
@@ -213,6 +215,16 @@ def test_tiktokens_own_vocabularies_end_at_the_end_of_text(monkeypatch: pytest.M
     tokenizer = named_tokenizer("cl100k_base")
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (259, 258)
     assert tokenizer.pattern == r"\p{N}{1,3}|[\s\S]"
+
+
+@pytest.mark.parametrize("name", NAMED_TOKENIZERS)
+def test_the_size_of_a_named_vocabulary_is_known_before_it_is_downloaded(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for download in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
+        monkeypatch.setattr(tiktoken_ext.openai_public, download, lambda *_, **__: {})
+    facts = getattr(tiktoken_ext.openai_public, name)()
+    assert NAMED_TOKENIZERS[name] == facts["special_tokens"][END_OF_TEXT] + 1
 
 
 def test_unknown_names_and_broken_patterns_are_named(tmp_path: Path) -> None:

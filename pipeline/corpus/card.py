@@ -22,7 +22,7 @@ def write(
 
 
 def log_to_mlflow(config: Config, output: Artifact, manifest: Manifest, card: Mapping[str, bytes]) -> None:
-    """Keep the card as an MLflow run of its own; the shards are whole without it, so a failure is only told."""
+    """Log the card as an MLflow run of its own. The shards are whole without it: a failure is printed, not raised."""
     from pipeline import tracking
 
     try:

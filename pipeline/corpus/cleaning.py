@@ -1,10 +1,10 @@
-"""Which documents to leave out: each rule is off by default, and counts what it drops by its reason.
+"""Which documents to leave out. Each rule is off by default; what it drops is counted under its reason.
 
-Rules for one document by itself are in `reason_to_drop`. Duplicates are found in two passes that hold no more than
-one partition of hashes in memory, however large the corpus:
+`reason_to_drop` holds the rules that look at one document alone. Duplicates are found in two passes, which hold at
+most one partition of the hashes in memory, however large the corpus:
 
     sign      each unit of work writes the hashes of its documents, sorted by partition (`sign_documents`)
-    compare   each partition is compared by itself, over all units (`find_duplicates`); the first of equals stays
+    compare   each partition is compared over all units (`find_duplicates`); the first of equal documents stays
 """
 
 import hashlib
@@ -37,7 +37,7 @@ _COMMON = re.compile(r"\b(?:the|be|to|of|and|that|have|with|is|are|was|for|in|it
 
 
 def reason_to_drop(text: str, settings: PrepareConfig) -> str:
-    """Judge one document by itself; the reason, or empty to keep it."""
+    """Judge one document; return the reason to drop it, or an empty string to keep it."""
     if len(text) < settings.min_characters:
         return TOO_SHORT
     if settings.max_characters and len(text) > settings.max_characters:
@@ -76,7 +76,10 @@ def reads_like_prose(text: str) -> bool:
 
 
 def bands_for(similarity: float) -> tuple[int, int]:
-    """Return (bands, rows): the most rows, so the fewest wrong candidates, that find LEAST_RECALL of the pairs."""
+    """Return (bands, rows per band): the most rows with which the bands still find LEAST_RECALL of the pairs.
+
+    The more rows a band has, the fewer documents that differ share its key.
+    """
     for rows in range(NUM_HASHES, 1, -1):
         bands = NUM_HASHES // rows
         if 1 - (1 - similarity**rows) ** bands >= LEAST_RECALL:
@@ -93,7 +96,7 @@ def minhash(text: str) -> np.ndarray | None:
 
     hasher = MinHash(NUM_HASHES, seed=1, hashfunc=zlib.crc32, permutations=_permutations(), scheme="affine32")
     last = max(len(words) - SHINGLE_WORDS + 1, 1)
-    for start in range(0, last, 4096):  # in parts: a batch takes NUM_HASHES x 8 bytes for each run
+    for start in range(0, last, 4096):  # in batches, for each run takes NUM_HASHES x 8 bytes
         stop = min(start + 4096, last)
         hasher.update_batch([" ".join(words[i : i + SHINGLE_WORDS]).encode() for i in range(start, stop)])
     return hasher.hashvalues
@@ -133,7 +136,7 @@ def sign_documents(
         bands, rows_per_band = bands_for(settings.near_duplicate_similarity)
         hashes = np.array(signatures, dtype=np.uint64).reshape(-1, NUM_HASHES)
         keys = [_band_key(hashes, band, rows_per_band) for band in range(bands)]
-        # The lowest byte of each hash is enough to estimate similarity by: equal by chance once in 256.
+        # One byte of each hash is enough to estimate similarity: different hashes share it once in 256 times.
         short = (hashes & np.uint64(255)).astype(np.uint8)
         rows = {
             "key": np.concatenate(keys),
@@ -153,7 +156,7 @@ def _band_key(hashes: np.ndarray, band: int, rows: int) -> np.ndarray:
 
 
 def _write_partitions(rows: dict[str, np.ndarray], partitions: int) -> bytes:
-    """One row group for each partition that has rows: a reader skips the others by their statistics."""
+    """Write one row group for each partition that has rows; a reader skips the others by their statistics."""
     partition = (rows["key"] % np.uint64(partitions)).astype(np.int32)
     order = np.argsort(partition, kind="stable")
     columns = {name: values[order] for name, values in rows.items()}
@@ -185,7 +188,7 @@ def find_duplicates(kind: str, partition: int, units: Iterable[IO[bytes]], simil
         return {}
     table = pa.concat_tables(tables)
     columns = {name: table.column(name).to_numpy() for name in table.column_names if name != "signature"}
-    # Equal keys come to lie together, and among them the first document of the corpus first.
+    # Sorting brings equal keys together, in the order in which their documents stand in the corpus.
     ranks = [columns["position"], columns["unit"], *([columns["rest"]] if kind == EXACT else []), columns["key"]]
     order = np.lexsort(ranks)
     keys = [columns[name][order] for name in (("key", "rest") if kind == EXACT else ("key",))]
@@ -221,9 +224,9 @@ def _signatures(table: pa.Table) -> np.ndarray:
 
 
 def _near(rows: np.ndarray, signatures: np.ndarray, similarity: float) -> np.ndarray:
-    """Of the documents in one bucket, in order, drop each that is as similar as asked to an earlier one that stays.
+    """Return the documents of one bucket that are at least as similar as asked to an earlier one that stays.
 
-    Only the first MOST_COMPARED that stay are compared with, so that a bucket of boilerplate costs no square.
+    They are compared with the first MOST_COMPARED that stay, so the time does not grow with the square of a bucket.
     """
     doomed: list[np.ndarray] = []
     for _ in range(MOST_COMPARED):

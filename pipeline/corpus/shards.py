@@ -134,9 +134,10 @@ class TokenCache:
     def __init__(self, folder: Path | str | None = None, max_bytes: int = 64 * GIGABYTE) -> None:
         self.folder = Path(folder) if folder else default_cache_folder()
         self.max_bytes = max_bytes
+        self._unlisted_bytes = 0
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self.folder.stat().st_uid != os.getuid():
-            # Anyone can make a folder in /tmp; tokens that somebody else can swap are not the corpus.
+            # Anyone can make a folder in /tmp, and its owner can replace the tokens in it.
             raise ValueError(f"The token cache {self.folder} belongs to another user; set stream.cache_folder.")
 
     def open(self, shard: Shard) -> np.ndarray:
@@ -145,7 +146,7 @@ class TokenCache:
             try:
                 return self._map(shard)
             except FileNotFoundError:
-                self._decode(shard)  # and look again: another process may evict it in between
+                self._decode(shard)  # then map it again, for another process may evict it in between
 
     def _path(self, shard: Shard) -> Path:
         return self.folder / f"{shard.record.sha256}.{shard.dtype}"
@@ -158,7 +159,7 @@ class TokenCache:
                 raise FileNotFoundError(path)
             with contextlib.suppress(FileNotFoundError):
                 os.utime(path)  # what was used last is evicted last
-            # A plain array over the mapping: slicing a np.memmap costs several times as much.
+            # As a plain array: slicing a np.memmap takes several times as long.
             return np.asarray(np.memmap(file, dtype=shard.dtype, mode="r"))
 
     def _decode(self, shard: Shard) -> None:
@@ -166,7 +167,7 @@ class TokenCache:
             path = self._path(shard)
             if path.exists():
                 return
-            # Under the lock nobody else writes this name, so what a killed process left is overwritten.
+            # Nobody else writes this name while the lock is held: a killed process's leftover is overwritten.
             partial = path.with_suffix(f"{path.suffix}.partial")
             try:
                 self._make_room(shard.decoded_bytes)
@@ -186,13 +187,26 @@ class TokenCache:
 
     @contextlib.contextmanager
     def _locked(self, digest: str, wait: bool = True) -> Iterator[None]:
+        """Hold the lock of a digest; raises `BlockingIOError` if another holds it and `wait` is false.
+
+        A lock file is never removed, for a process that waits on a removed one would lock nobody out. So digests share
+        them by their first two digits: 256 files at most, and a wait for another shard's decoding now and then.
+        """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # a cleaner of /tmp may have been here
-        with open(self.folder / f"{digest}.lock", "wb") as lock:
+        with open(self.folder / f"{digest[:2]}.lock", "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
 
     def _make_room(self, wanted_bytes: int) -> None:
-        """Evict what was used longest ago until `wanted_bytes` more fit, and what killed processes left half-made."""
+        """Delete the files used longest ago until `wanted_bytes` more fit, and the leftovers of killed processes.
+
+        Listing the folder takes longer than decoding a small shard. So it is listed again only when this process has
+        written a thirty-second of the bound, or half of the room that was left: by so much each process of the node
+        may exceed the bound.
+        """
+        if wanted_bytes <= self._unlisted_bytes and wanted_bytes < shutil.disk_usage(self.folder).free:
+            self._unlisted_bytes -= wanted_bytes
+            return
         files = []
         for path in self.folder.iterdir():
             with contextlib.suppress(FileNotFoundError):
@@ -204,11 +218,16 @@ class TokenCache:
                     files.append((path.stat().st_mtime, path.stat().st_size, path))
         held = sum(size for _, size, _ in files)
         excess = max(held + wanted_bytes - self.max_bytes, wanted_bytes - shutil.disk_usage(self.folder).free)
+        # One in sixteen more than needed goes, so that a full cache of many files is not listed for every shard.
+        spared = len(files) // 16 if excess > 0 else 0
         for _, size, path in sorted(files):
             if excess <= 0:
-                break
+                spared -= 1
+                if spared < 0:
+                    break
             path.unlink(missing_ok=True)
             excess -= size
+        self._unlisted_bytes = min(max(-excess, 0), self.max_bytes // 16) // 2
 
 
 @contextlib.contextmanager
@@ -251,7 +270,7 @@ def _write_tokens(source: Path, shard: Shard, target: Path) -> None:
         if written != shard.num_tokens:
             raise ValueError(f"{shard.where} holds {written} tokens; its footer says {shard.num_tokens}.")
         file.flush()
-        os.fsync(file.fileno())  # or a power cut leaves a whole-looking file of zeros under the final name
+        os.fsync(file.fileno())  # else a power cut after the renaming may leave a file of the right size full of zeros
 
 
 # Writing ----------------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ Batch s is a pure function of (the shards' digests, the seed, s), so the state o
              `context_length`, and these fully shuffled
     batch s  sequences s * batch_sequences … (s + 1) * batch_sequences - 1 of the endless row of epochs
 
-Every token is a target exactly once per epoch. The ragged end: where a window's tokens do not fill its last
-sequence, that one goes on around the ring with its targets masked (-100), at most context_length - 1 positions
-in a window. The batch in which one epoch ends goes on with the next one.
+Every token is a target exactly once per epoch. The ragged end: if a window's tokens do not fill its last sequence,
+the sequence is filled up from the start of the ring, and those targets are masked (-100): at most context_length - 1
+positions per window. The batch in which an epoch ends is filled up from the next epoch.
 """
 
 import bisect
@@ -68,7 +68,7 @@ class Batch:
 
 
 def _random_bits(count: int, *facts: Any) -> np.ndarray:
-    """Random 64-bit integers named by `facts`; raw bits, the part of numpy's generators that never changes."""
+    """Random 64-bit integers named by `facts`; raw bits, which numpy promises never to change."""
     digest = hashlib.blake2b(repr(facts).encode(), digest_size=16).digest()
     return np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(count)
 
@@ -166,7 +166,7 @@ class TokenStream:
             )
         self._opened: OrderedDict[tuple[int, int], Future[Window]] = OrderedDict()
         self._lock = threading.Lock()
-        # Two: the window that is waited for is never queued behind one that is fetched ahead.
+        # Two threads, so that a window which a batch waits for never queues behind one that is fetched ahead.
         self._loaders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="token-window")
         self._closed = False
 
@@ -207,14 +207,9 @@ class TokenStream:
         first_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        micro_batch_sequences: int | None = None,
         prefetch: int = 4,
     ) -> Iterator[Batch]:
-        """Yield this rank's batches from `first_step` on, without end, built ahead in the background.
-
-        With `micro_batch_sequences` each batch comes as several of at most so many rows; `Batch.step` tells
-        where the next one starts.
-        """
+        """Yield this rank's batches from `first_step` on, without end, `prefetch` of them built in the background."""
         background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="token-batch")
         try:
             pending = deque(background.submit(self.batch, first_step + i, rank, world_size) for i in range(prefetch))
@@ -223,10 +218,7 @@ class TokenStream:
                 batch = pending.popleft().result()
                 pending.append(background.submit(self.batch, next_step, rank, world_size))
                 next_step += 1
-                if micro_batch_sequences is None:
-                    yield batch
-                else:
-                    yield from batch.split(micro_batch_sequences)
+                yield batch
         finally:
             background.shutdown(wait=False, cancel_futures=True)
 
@@ -247,11 +239,11 @@ class TokenStream:
         }
 
     def close(self) -> None:
-        """Stop fetching ahead; what is mapped is let go with the stream."""
+        """Stop fetching ahead; mapped files are closed when the stream is freed."""
         self._closed = True
         self._loaders.shutdown(wait=False, cancel_futures=True)
 
-    # The order: arithmetic alone, no token is read.
+    # The order of windows and sequences: arithmetic only, no token is read.
 
     def _divide(self, window_tokens: int) -> list[list[Shard]]:
         """Cut the shards, in a seeded order, into windows of about equal size."""
@@ -269,7 +261,10 @@ class TokenStream:
         return _order_of_windows(len(self._windows), self._name, epoch)
 
     def _spans(self, step: int) -> Iterator[tuple[int, Window, np.ndarray]]:
-        """Yield the parts of a global batch: its first row there, the window, the window's sequences in row order."""
+        """Yield (row, window, sequences) for each window that a global batch needs.
+
+        The batch's rows from `row` on are these sequences of the window, in this order.
+        """
         row = 0
         epoch, rest = divmod(int(step) * self.batch_sequences, self.sequences_per_epoch)
         while row < self.batch_sequences:
@@ -282,14 +277,14 @@ class TokenStream:
                 rest = max(0, rest - self._lengths[index])
             epoch += 1
 
-    # The windows: opened when reached, the next one ahead of time.
+    # The windows: a window is opened when a batch needs it, and the one after it is fetched ahead.
 
     def _window(self, epoch: int, place: int) -> Window:
         last = place + 1 == len(self._windows)
         with self._lock:
             wanted = self._opening(epoch, place)
             if wanted.done() and wanted.exception() is not None:
-                # Fetched ahead and failed; what was wrong may be mended by now.
+                # Fetching it ahead failed. Try again: the cause may be mended by now.
                 del self._opened[epoch, place]
                 wanted = self._opening(epoch, place)
             self._opening(*((epoch + 1, 0) if last else (epoch, place + 1)), ahead=True)
@@ -309,7 +304,7 @@ class TokenStream:
             return self._load(epoch, place)
         except CancelledError:
             raise
-        except Exception as error:  # whoever gets there raises it; before, there is time to mend it
+        except Exception as error:  # the first batch that needs the window raises it; until then it can be mended
             logger.warning("Fetching ahead failed, training will stop when it gets there: %s", error)
             raise
 
@@ -354,8 +349,9 @@ def _to_batch(buffer: np.ndarray, end_of_text: int | None, pin_memory: bool) -> 
 class ValidationStream:
     """The validation split in fixed order, each token scored once, up to `max_tokens` (0: all of them).
 
-    The first token is predicted from an end of text, as every document's first token is. Every rank gets the
-    same number of batches of the same shape, so that collective operations meet; what is too much is masked.
+    The first token is predicted from an end of text, as every document's first token is. Every rank gets the same
+    number of batches of the same shape, because a collective operation waits for every rank; targets beyond the last
+    token are masked.
     """
 
     def __init__(
@@ -396,7 +392,8 @@ class ValidationStream:
             sequences = [(first + row) * world_size + rank for row in range(rows)]
             buffer = np.empty((rows, length + 1), arrays[0].dtype)
             for row, sequence in enumerate(sequences):
-                # One before its first target; before the first of all lies, around the ring, an end of text.
+                # A sequence starts one token before its first target. For the first sequence that is position -1:
+                # on the ring the last token, which is an end of text.
                 self._ring.read(arrays, sequence * length - 1, buffer[row])
             batch = _to_batch(buffer, arrays[0][-1] if self.document_boundaries else None, self.pin_memory)
             for row, sequence in enumerate(sequences):

@@ -151,6 +151,24 @@ def test_the_cache_evicts_what_was_used_longest_ago(tmp_path: Path) -> None:
     assert cache.open(shards[1])[0] == 2  # and decoded again for who asks again
 
 
+def test_many_small_shards_do_not_list_the_folder_each_and_share_few_lock_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = open_shards(write_artifact(tmp_path / "shards", distinct_shards(300)), "train")
+    listings = []
+    list_folder = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: listings.append(path) or list_folder(path))
+    roomy = TokenCache(tmp_path / "roomy")
+    full = TokenCache(tmp_path / "full", max_bytes=100 * shards[0].decoded_bytes)
+    for cache, most_listings in ((roomy, 1), (full, 150)):
+        listings.clear()
+        for shard in shards:
+            cache.open(shard)
+        assert len(listings) <= most_listings
+        assert len(list(cache.folder.glob("*.lock"))) <= 256
+    assert 80 <= len(list(full.folder.glob("*.uint16"))) <= 100
+
+
 def test_what_a_killed_process_left_half_made_is_cleared_away(tmp_path: Path) -> None:
     shards = open_shards(write_artifact(tmp_path / "shards", distinct_shards(2)), "train")
     cache = TokenCache(tmp_path / "cache")

@@ -6,6 +6,8 @@ Shapes: B sequences, T tokens, C width, H heads, K key-value heads, D channels o
     logits = model(tokens)                                  # [B, T, V]
     nats = model.loss(tokens, targets)                      # a sum, never holding all logits
     cache = model.new_cache(slots=B); model(tokens, cache)  # then one token at a time
+
+Long because the whole network is here, so that it can be read without turning a page.
 """
 
 import math

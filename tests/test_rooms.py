@@ -1,6 +1,7 @@
 """The house keeps its shape: imports run one way, importing does nothing, and what is named is there.
 
 infra ··names··▶ jobs ▶ pipeline ▶ model ▶ torch
+                        verbs ▶ wings ▶ frame; of the wings only training ▶ corpus
 """
 
 import ast
@@ -9,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,14 +55,50 @@ def test_imports_run_one_way(module: str) -> None:
     assert not reached & OUT_OF_REACH[module.partition(".")[0]]
 
 
-@pytest.mark.parametrize("stage", sorted(VERBS))
-def test_stages_never_import_one_another(stage: str) -> None:
-    assert not set(imports_of(stage)) & (VERBS - {stage} | {"pipeline.orchestrator"})
+# Which parts of pipeline/ a part may import.
+FRAME = {"config", "artifacts", "stages", "tracking", "registry", "lease", "preflight", "orchestrator"}
+WINGS = {"corpus", "training", "serving"}
+MAY_IMPORT = {
+    "verb": {"frame", *WINGS},
+    "frame": {"frame"},
+    "preflight": {"frame", "corpus", "training"},  # tries what the wings will do
+    "orchestrator": {"frame", "corpus", "lease"},  # the text's fingerprint; stages by name
+    "lease": {"frame"},
+    "corpus": {"frame", "corpus"},
+    "training": {"frame", "training", "corpus"},
+    "serving": {"frame", "serving"},
+}
+
+
+def part_of(name: str) -> str:
+    """Which part of pipeline/ a module belongs to; those at the top of the frame are parts of their own."""
+    first = name.split(".")[1]
+    if first in WINGS or first in MAY_IMPORT:
+        return first
+    return "frame" if first in FRAME else "verb"
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("pipeline.")])
+def test_imports_run_one_way_inside_the_pipeline(module: str) -> None:
+    modules = {name for name in imports_of(module) if name in MODULES and name.startswith("pipeline.")}
+    wings = {name for name in imports_of(module) if name in {f"pipeline.{wing}" for wing in WINGS}}
+    assert {part_of(name) for name in modules | wings} <= MAY_IMPORT[part_of(module)]
+
+
+def test_every_module_of_the_pipelines_first_level_is_a_verb_or_the_frames() -> None:
+    first_level = {path.stem for path in (ROOT / "pipeline").glob("*.py")} - {"__init__"}
+    assert first_level == FRAME | {verb.partition(".")[2] for verb in VERBS}
+    assert len(first_level) <= 16
+    assert {path.parent.name for path in (ROOT / "pipeline").glob("*/__init__.py")} == WINGS
 
 
 def test_only_the_live_engine_knows_the_engine() -> None:
-    knowing = {name for name in MODULES if name.startswith("pipeline.") and "model.engine" in set(imports_of(name))}
-    assert knowing == {"pipeline.serving.live_engine"}
+    knowing = {module for module in MODULES if "model.engine" in set(imports_of(module))}
+    assert {module for module in knowing if not module.startswith("model.")} == {"pipeline.serving.live_engine"}
+
+
+def test_a_trainings_loop_reads_its_plan_and_never_the_config() -> None:
+    assert "pipeline.config.Config" not in set(imports_of("pipeline.training.worker"))
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if not module.startswith("jobs.")])
@@ -81,11 +119,61 @@ def test_infra_holds_no_python_logic() -> None:
     assert not list((ROOT / "infra").rglob("*.py"))
 
 
+def tracked(*patterns: str) -> list[Path]:
+    """The files that belong to the project, as git sees them."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    found = [ROOT / name for name in done.stdout.splitlines()]
+    return sorted(path for path in found if path.exists())
+
+
+PYTHON_FILES = tracked("*.py")
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_file_over_450_lines_says_at_its_head_why(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= 450 or "Long because" in (ast.get_docstring(ast.parse(text)) or "")
+
+
+def tree_of(readme: Path) -> set[str]:
+    """What a README's tree names: files and folders, those under a folder with the folder before them."""
+    blocks = re.findall(r"^```\n(.*?)^```$", readme.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    (tree,) = [block for block in blocks if re.match(r"[\w.-]+(/|\.py) ", block)]
+    names: set[str] = set()
+    folder = ""
+    for indent, words in re.findall(r"^( *)(\S.*)$", tree, re.MULTILINE):
+        listed = re.match(r"((?:[\w.-]+(?:/|\.\w+)\s+)+)", words)
+        assert listed, words
+        for name in listed[1].split():
+            folder = name if name.endswith("/") and not indent else folder
+            names.add(f"{folder}{name}" if indent else name)
+    return names
+
+
+@pytest.mark.parametrize("readme", ["README.md", "model/README.md", "pipeline/README.md"])
+def test_the_tree_that_a_readme_draws_is_the_tree_on_disk(readme: str) -> None:
+    drawn, room = tree_of(ROOT / readme), (ROOT / readme).parent
+    files = {path.relative_to(room) for path in tracked() if path.is_relative_to(room)}
+    there = {f"{path.parts[0]}/" for path in files if len(path.parts) > 1 and not path.parts[0].startswith(".")}
+    if room != ROOT:
+        there |= {path.name for path in files if len(path.parts) == 1 and path.suffix == ".py"}
+        # A folder is drawn file by file, or not at all.
+        opened = {name.partition("/")[0] for name in drawn if not name.endswith("/") and "/" in name}
+        there |= {path.as_posix() for path in files if path.parts[0] in opened}
+    assert drawn == {name for name in there if not name.endswith("__init__.py")}
+
+
+def test_what_is_installed_is_every_package_there_is() -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    there = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in tracked("*/__init__.py")}
+    assert set(packages) == {package for package in there if package.partition(".")[0] in ROOMS}
+
+
 def texts() -> list[Path]:
     """What a person reads or a cluster runs."""
     infra = [path for path in (ROOT / "infra").rglob("*") if path.is_file() and path.suffix != ".json"]
-    readmes = [ROOT / "README.md", *(ROOT / room / "README.md" for room in (*ROOMS, "tests/benchmarks"))]
-    return [*readmes, *infra, ROOT / "Makefile"]
+    return [*tracked("*README.md"), *infra, ROOT / "Makefile"]
 
 
 NAMED_FILE = r"(?<![\w/.])((?:model|pipeline|jobs|tests)/[\w/.-]+\.(?:py|yaml|html|md))"
@@ -132,8 +220,6 @@ for module in modules:
         before = after
 print(json.dumps(found))
 """
-# jobs.command sets the environment that Ray reads when it is imported: its one task on import.
-MEANT = {"jobs.command": "logging, environment or folder changed"}
 
 
 def test_importing_does_nothing(tmp_path: Path) -> None:

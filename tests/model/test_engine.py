@@ -1,4 +1,7 @@
-"""The engine: many texts at once, each as if it were alone; every way of generating; no way to harm the others."""
+"""The engine: many texts at once, each as if it were alone; every way of generating; no way to harm the others.
+
+Long because every way of generating is tried with the same few helpers.
+"""
 
 import math
 import random

@@ -1,11 +1,13 @@
 """Say what a preset will take before anyone pays for it: parameters, memory, FLOPs, tokens, hours on a GPU.
 
     python -m jobs.plan jobs/presets/gpt-53m.yaml --gpu h100 [--mfu 0.4] [section.key=value ...]
+    python -m jobs.plan jobs/presets/gpt-53m.yaml --gpu l40s --gpus-per-node 1 --network-gigabits 20
 
 Nothing is measured and nothing is started: these are calculations, and each says from what.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 
-GPUS_PER_NODE = 8
 NETWORK_SHARE = 0.8  # of the nominal bandwidth, as all-reduce reaches it
 
 
@@ -68,12 +69,16 @@ def run(config: "Config", options: argparse.Namespace) -> None:
 
     print(f"\n{gpu.name} at {options.mfu:.0%} of its {gpu.flops_per_second / 1e12:,.0f} TFLOP/s (an assumption: --mfu)")
     print(f"  {'GPUs':>4}{'s/step':>10}{'tokens/s':>14}{'efficiency':>12}{'time':>10}{'GPU-hours':>11}")
+    per_node = options.gpus_per_node
+    network = gpu.network_bytes_per_second
+    if options.network_gigabits is not None:
+        network = options.network_gigabits * 1e9 / 8 / per_node
     for devices in (1, 8, 64):
         # Micro-batches of one sequence at least: no more GPUs than sequences can work.
         if devices > train.batch_tokens // model.context_length:
             print(f"  {devices:>4}  more GPUs than sequences in a batch ({train.batch_tokens // model.context_length})")
             continue
-        nominal = gpu.link_bytes_per_second if devices <= GPUS_PER_NODE else gpu.network_bytes_per_second
+        nominal = gpu.link_bytes_per_second if devices <= per_node else network
         step = estimate_step(
             model,
             config.optimizer,
@@ -100,10 +105,10 @@ def run(config: "Config", options: argparse.Namespace) -> None:
             f"DDP sums {4 * parameters / 1e6:,.0f} MB of gradients in every step by ring all-reduce, in buckets of"
             f" {BUCKET_MEGABYTES} MB.\nBuckets are sent while the backward pass goes on; a step waits for the last one"
         )
+    within = f"{gpu.link_bytes_per_second / 1e9:,.0f} GB/s within a node of {per_node}, and of " if per_node > 1 else ""
     print(
         f"\nAll rows have the same global batch.\n{traffic}."
-        f"\nAssumed: {NETWORK_SHARE:.0%} of {gpu.link_bytes_per_second / 1e9:,.0f} GB/s within a node of"
-        f" {GPUS_PER_NODE}, and of {gpu.network_bytes_per_second / 1e9:,.1f} GB/s per GPU between nodes."
+        f"\nAssumed: {NETWORK_SHARE:.0%} of {within}{network / 1e9:,.2f} GB/s per GPU between nodes."
         "\nEvaluation, start-up and reading data are not counted."
     )
     if config.optimizer.kind == "muon":
@@ -117,6 +122,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.parser.add_argument(
         "--mfu", type=_share, default=0.4, help="share of the peak that training reaches [%(default)s]"
     )
+    command.parser.add_argument(
+        "--gpus-per-node", type=_count, default=8, help="GPUs that need no network among them [%(default)s]"
+    )
+    command.parser.add_argument(
+        "--network-gigabits",
+        type=_gigabits,
+        help="Gbit/s of one node's network card, all its GPUs together [what is usual for the GPU]",
+    )
     return command.main(run, argv)
 
 
@@ -125,6 +138,22 @@ def _gpu(text: str) -> Gpu:
     if found is None:
         raise argparse.ArgumentTypeError(f"no GPU {text!r} is known; there are {', '.join(gpu.name for gpu in GPUS)}")
     return found
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of GPUs: write 1, 2, 4 or 8")
+    return int(text)
+
+
+def _gigabits(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no network: write its Gbit/s, such as 20 or 400")
+    return value
 
 
 def _share(text: str) -> float:

@@ -1,5 +1,7 @@
 """The plan of every preset prints, adds up, and agrees with what the model really holds."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from model.gpt import GPT, ModelConfig
 from model.optimizer import OptimizerConfig
 from model.training import MAX_SHARES, SharedLoss, count_shares, parallelize
 
-PRESETS = sorted((Path(__file__).parents[2] / "jobs" / "presets").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+PRESETS = sorted((ROOT / "jobs" / "presets").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
@@ -52,7 +55,12 @@ def test_a_gpu_is_known_by_any_of_its_names(gpu: str, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize(
     ("option", "value", "words"),
-    [("--gpu", "h1000", "no GPU 'h1000' is known; there are"), ("--mfu", "forty", "write 0.4 or 40%")],
+    [
+        ("--gpu", "h1000", "no GPU 'h1000' is known; there are"),
+        ("--mfu", "forty", "write 0.4 or 40%"),
+        ("--gpus-per-node", "0", "is no number of GPUs"),
+        ("--network-gigabits", "-1", "is no network"),
+    ],
 )
 def test_an_unknown_gpu_and_a_share_that_is_none_are_told(
     option: str, value: str, words: str, capsys: pytest.CaptureFixture[str]
@@ -60,6 +68,31 @@ def test_an_unknown_gpu_and_a_share_that_is_none_are_told(
     with pytest.raises(SystemExit):
         main([str(PRESETS[0]), option, value])
     assert words in capsys.readouterr().err
+
+
+def seconds_per_step(printed: str, gpus: int) -> float:
+    (line,) = re.findall(rf"^ +{gpus} +([\d.]+) .*%", printed, re.MULTILINE)
+    return float(line)
+
+
+def test_eight_l40s_of_one_node_and_of_the_aws_file_are_not_alike(capsys: pytest.CaptureFixture[str]) -> None:
+    preset = str(PRESETS[0].parent / "gpt-53m.yaml")
+    assert main([preset, "--gpu", "l40s"]) == 0
+    assert seconds_per_step(capsys.readouterr().out, 8) == pytest.approx(0.083, abs=0.001)
+    # The line of infra/README.md: eight nodes of one L40S, each with 20 Gbit/s.
+    (command,) = re.findall(r"python -m jobs\.plan (.*--gpus-per-node.*)", (ROOT / "infra/README.md").read_text())
+    arguments = shlex.split(command.partition("#")[0])
+    assert arguments[0] == "jobs/presets/gpt-53m.yaml"
+    assert main([preset, *arguments[1:]]) == 0
+    printed = capsys.readouterr().out
+    assert seconds_per_step(printed, 8) == pytest.approx(0.245, abs=0.002)
+    assert "2.50 GB/s per GPU between nodes" in printed
+    assert "within a node" not in printed
+
+
+def test_a_nodes_network_is_shared_by_its_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(PRESETS[0]), "--gpu", "h100", "--gpus-per-node", "4", "--network-gigabits", "400"])
+    assert "12.50 GB/s per GPU between nodes" in capsys.readouterr().out
 
 
 def test_a_short_training_is_told_in_minutes_or_seconds(capsys: pytest.CaptureFixture[str]) -> None:

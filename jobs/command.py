@@ -41,14 +41,15 @@ class Command:
     sys.exit(command.main(lambda config, options: ...))
     """
 
-    def __init__(self, description: str | None, *, needs_preset: bool = True) -> None:
+    def __init__(self, description: str | None, *, may_be_bare: bool = False) -> None:
+        """`may_be_bare`: the job means something without a preset and without settings."""
+        self.may_be_bare = may_be_bare
         self.parser = argparse.ArgumentParser(
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        preset_count = None if needs_preset else "?"
-        self.parser.add_argument("preset", nargs=preset_count, help="a YAML file, such as jobs/presets/demo.yaml")
+        self.parser.add_argument("preset", nargs="?", help="a YAML file, such as jobs/presets/demo.yaml")
         self.parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings over the preset")
         self.parser.add_argument("--verbose", action="store_true", help="show Ray's own logs, and tracebacks")
 
@@ -69,6 +70,10 @@ class Command:
             words.insert(0, options.preset)
             options.preset = None
         options.settings = words
+        if options.preset is None and not words and not self.may_be_bare:
+            self.parser.error(
+                "say what to run: a preset, such as jobs/presets/demo.yaml, or settings over the defaults"
+            )
         try:
             return run(load_config(options.preset, words), options) or 0
         except KeyboardInterrupt:

@@ -14,7 +14,6 @@ import asyncio
 import logging
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -111,6 +110,8 @@ def connect(address: str) -> "JobSubmissionClient":
 
 def submit(client: "JobSubmissionClient", config: "Config", job: str, arguments: Sequence[str]) -> str:
     """Send the working tree (less what .gitignore and .rayignore name) and start the job; return its id."""
+    from pipeline.tracking import git_commit
+
     moment = datetime.now(UTC).strftime("%m%d-%H%M%S")
     deadline = time.monotonic() + HEAD_SECONDS
     while True:
@@ -191,17 +192,8 @@ def relative_preset(preset: str) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def git_commit(folder: Path) -> str:
-    """The commit that is checked out, with a plus sign where files differ from it; empty outside of git."""
-    try:
-        command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    command = Command(__doc__, needs_preset=False)
+    command = Command(__doc__, may_be_bare=True)
     add = command.parser.add_argument
     add("--job", choices=JOBS, default="pipeline", help="which job to run [%(default)s]")
     add("--serve", action="store_true", help="with the whole pipeline: serve the champion afterwards")

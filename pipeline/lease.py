@@ -4,12 +4,11 @@
         ...every stage that writes under <storage>/<name>/
 
 On S3 it is an object, `lease.json`, taken with a conditional write and renewed every few seconds: a holder that
-dies stops renewing, and the name is free a minute later. In a local folder it is a file lock, which the kernel
+dies stops renewing, and the name is free a minute later. In a local folder it is a lock on that file, which the kernel
 drops with its process.
 """
 
 import errno
-import fcntl
 import getpass
 import json
 import os
@@ -24,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import fsspec
+from filelock import BaseFileLock, FileLock, Timeout
 
 from pipeline.artifacts import filesystem_of, resolve_storage
 
@@ -56,7 +56,7 @@ class Lease:
         self.holder = Holder(who or describe_this_process(), secrets.token_hex(8), now, now)
         self.is_lost = False
         self._etag = ""
-        self._lock_descriptor: int | None = None
+        self._lock: BaseFileLock | None = None
         self._released = threading.Event()
         self._renewer: threading.Thread | None = None
 
@@ -109,9 +109,9 @@ class Lease:
         self._released.set()
         if self._renewer is not None:
             self._renewer.join(timeout=RENEW_SECONDS)
-        if self._lock_descriptor is not None:
-            os.close(self._lock_descriptor)
-            self._lock_descriptor = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
         elif not self._is_local and not self.is_lost:
             found, _ = self._read()
             if found is not None and found.token == self.holder.token:
@@ -123,18 +123,13 @@ class Lease:
     def _lock_file(self) -> None:
         path = Path(self.url)
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        lock = FileLock(path, timeout=0)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-            holder = _parse(path.read_bytes())
-            raise ValueError(self._taken_by(holder)) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, self._content(), 0)
-        self._lock_descriptor = descriptor
+            lock.acquire()
+        except Timeout:
+            raise ValueError(self._taken_by(_parse(path.read_bytes()))) from None
+        path.write_bytes(self._content())
+        self._lock = lock
 
     # S3: whoever creates the object, or replaces exactly the stale one that it has seen, holds the name.
 

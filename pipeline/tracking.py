@@ -189,18 +189,17 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def git_tags() -> dict[str, str]:
-    """Name the commit of this code, and whether files were changed since; GIT_COMMIT where there is no git."""
-    folder = Path(__file__).parent
+    """Name the commit of this code, and whether files differ from it; GIT_COMMIT where there is no git."""
+    commit = git_commit(Path(__file__).parent) or os.environ.get("GIT_COMMIT", "")
+    if not commit:
+        return {}
+    return {"mlflow.source.git.commit": commit.rstrip("+"), "git_files_changed": str(commit.endswith("+")).lower()}
+
+
+def git_commit(folder: Path) -> str:
+    """The commit that is checked out, with a plus sign where files differ from it; empty outside of git."""
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
-        status = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=folder, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        commit_name = os.environ.get("GIT_COMMIT", "")
-        return {"mlflow.source.git.commit": commit_name} if commit_name else {}
-    return {
-        "mlflow.source.git.commit": commit.stdout.strip(),
-        "git_changed_files": str(len(status.stdout.splitlines())),
-    }
+        command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -53,6 +53,14 @@ def test_help_lists_every_setting(capsys):
     assert "tokens per optimizer step" in text
 
 
+def test_a_command_without_words_says_what_it_wants(capsys):
+    with pytest.raises(SystemExit) as left:
+        run()
+    assert left.value.code == 2
+    assert "error: say what to run: a preset" in capsys.readouterr().err
+    assert Command("Try things.", may_be_bare=True).main(lambda config, options: 0, []) == 0
+
+
 def test_an_unknown_option_is_refused():
     done = subprocess.run(
         [sys.executable, "-m", "jobs.prepare", "x.yaml", "--turbo"], capture_output=True, text=True, check=False

@@ -77,22 +77,6 @@ def test_presets_are_named_as_the_cluster_sees_them(tmp_path: Path, monkeypatch:
         submit.relative_preset(str(tmp_path / "own.yaml"))
 
 
-def test_the_commit_is_named_and_marked_when_files_differ(tmp_path: Path) -> None:
-    def git(*arguments: str) -> str:
-        identity = ["-c", "user.name=x", "-c", "user.email=x@example.com"]
-        command = ["git", "-C", str(tmp_path), *identity, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    assert submit.git_commit(tmp_path) == ""
-    git("init", "--quiet")
-    (tmp_path / "file").write_text("one")
-    git("add", "file")
-    git("commit", "--quiet", "--message", "one")
-    assert submit.git_commit(tmp_path) == git("rev-parse", "HEAD")
-    (tmp_path / "file").write_text("two")
-    assert submit.git_commit(tmp_path) == git("rev-parse", "HEAD") + "+"
-
-
 def test_make_submit_takes_a_name_or_a_path() -> None:
     for preset in ("demo", "jobs/presets/demo.yaml"):
         command = ["make", "--dry-run", "submit", f"PRESET={preset}", "SET=storage=s3://gpt/x seed=2", "JOB=prepare"]

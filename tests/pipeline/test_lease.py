@@ -59,7 +59,7 @@ def test_a_name_is_given_back_when_the_work_fails(any_storage: str) -> None:
 
 
 def test_a_local_lease_dies_with_its_process(storage: str) -> None:
-    script = f"from pipeline.lease import Lease; Lease({storage!r}, 'x', 'child').acquire(); print('held'); input()"
+    script = f"from pipeline.lease import hold\nwith hold({storage!r}, 'x', 'child'): print('held'); input()"
     root = Path(__file__).parents[2]
     child = subprocess.Popen(
         [sys.executable, "-u", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root

@@ -180,6 +180,32 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def test_the_commit_is_named_and_marked_when_files_differ(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=x", "-c", "user.email=x@example.com"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert tracking.git_commit(tmp_path) == ""
+    git("init", "--quiet")
+    (tmp_path / "file").write_text("one")
+    git("add", "file")
+    git("commit", "--quiet", "--message", "one")
+    assert tracking.git_commit(tmp_path) == git("rev-parse", "HEAD")
+    (tmp_path / "file").write_text("two")
+    assert tracking.git_commit(tmp_path) == git("rev-parse", "HEAD") + "+"
+
+
+def test_a_job_on_a_cluster_names_the_commit_that_it_was_sent_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "git_commit", lambda folder: "")  # .git stays at home
+    monkeypatch.delenv("GIT_COMMIT", raising=False)
+    assert tracking.git_tags() == {}
+    monkeypatch.setenv("GIT_COMMIT", "abc+")
+    assert tracking.git_tags() == {"mlflow.source.git.commit": "abc", "git_files_changed": "true"}
+    monkeypatch.setenv("GIT_COMMIT", "abc")
+    assert tracking.git_tags()["git_files_changed"] == "false"
+
+
 @pytest.mark.slow
 def test_a_stage_waits_for_a_server_that_went_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()

@@ -5,13 +5,17 @@ its summed log-probability per token, and the search ends when no running beam c
 """
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from model.sampling import TokenLogprob, penalize, token_logprobs
-from model.sequence import Chunk, FinishReason, GenerationRequest, Sequence, Work
+from model.sampling import Draw, TokenLogprob, penalize, token_logprobs
+from model.sequence import Advance, Chunk, FinishReason, GenerationRequest, Sequence, Work
 from model.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from model.scheduler import Task
 
 
 @dataclass
@@ -22,7 +26,7 @@ class Beam:
 
 
 class Beams:
-    """All beams of one request; each needs a slot, and they start from the first one's prompt."""
+    """All beams of one request. Each needs a slot; the first one's holds the prompt from which all start."""
 
     def __init__(self, request: GenerationRequest, tokenizer: Tokenizer) -> None:
         self.request = request
@@ -42,6 +46,15 @@ class Beams:
         return self.prompt.in_prompt
 
     @property
+    def prompt_logprobs(self) -> list[TokenLogprob]:
+        return self.prompt.prompt_logprobs
+
+    @property
+    def mean_logprob(self) -> float:
+        """Log-probability per token of the best text that has ended."""
+        return self.finished[0][0]
+
+    @property
     def num_cached(self) -> int:
         """Tokens of each running beam in its slot: all but the newest."""
         return self.prompt.num_cached + max(len(self.running[0].generated) - 1, 0)
@@ -58,8 +71,18 @@ class Beams:
         beams = zip(self.slots, self.running, strict=False)  # more slots than beams where the vocabulary is tiny
         return [Work(slot, position, beam.generated[-1:], 1) for slot, beam in beams]
 
-    def advance(self, logits: Tensor) -> list[tuple[int, int]]:
-        """Extend the beams by one token, given logits [beams, V]; return (source, target) of slots to copy."""
+    def read_prompt(self, num_tokens: int, logits: Tensor) -> None:
+        self.prompt.read_prompt(num_tokens, logits)
+
+    def share_prompt(self, reader: "Task") -> None:
+        self.prompt.share_prompt(reader)
+
+    def draws(self) -> list[Draw]:
+        """Return nothing: `advance` chooses, from all beams' logits together."""
+        return []
+
+    def advance(self, logits: Tensor, chosen: list[int]) -> Advance:
+        """Extend the beams by one token, given logits [beams, V]; says which slots have to be copied."""
         settings = self.settings
         width, vocabulary = settings.num_beams, logits.shape[-1]
         scores = logits.float().log_softmax(-1)
@@ -96,8 +119,9 @@ class Beams:
         full = len(self.finished) == width
         if last or not children or (full and children[0].score / length <= self.finished[-1][0]):
             self.finish_reason = self.finished[0][2]
-            return []
-        return self._take_slots(parents, children)
+            return Advance(generated=1)
+        copies = self._take_slots(parents, children)
+        return Advance(1, copies=tuple((source, target, self.num_cached) for source, target in copies))
 
     def _has_stop_string(self, generated: list[int]) -> bool:
         if not self.settings.stop:
@@ -106,7 +130,7 @@ class Beams:
         return any(stop in text for stop in self.settings.stop)
 
     def _take_slots(self, parents: list[int], children: list[Beam]) -> list[tuple[int, int]]:
-        """Give each beam its parent's slot; a parent's further children get copies in slots that nobody kept."""
+        """Give each beam's first child its own slot and the others spare slots; return what to copy there."""
         spare = [slot for place, slot in enumerate(self.slots) if place not in parents]
         slots, copies, kept = [], [], set()
         for parent in parents:
@@ -120,9 +144,16 @@ class Beams:
         self.running = children
         return copies
 
-    def take_chunks(self) -> list[Chunk]:
-        """Return the n best texts, each in one chunk."""
-        chunks = []
+    def end(self, index: int, reason: FinishReason) -> list[Chunk]:
+        """Stop here; nothing of the texts has been shown."""
+        self.finish_reason = reason
+        return []
+
+    def take_chunks(self, index: int) -> list[Chunk]:
+        """Return all answers of the request, the n best texts, once the search has ended."""
+        chunks: list[Chunk] = []
+        if self.finish_reason is None:
+            return chunks
         for index, (_, beam, reason) in enumerate(self.finished[: self.settings.n]):
             reader = Sequence(self.request, index, 0, self._tokenizer)
             for place, token in enumerate(beam.generated):
@@ -130,7 +161,6 @@ class Beams:
                     reader.accept([token], beam.logprobs[place : place + 1] or None)
             if reader.finish_reason is None:
                 reader.finish(reason)
-            chunk = reader.take_chunk(index)
-            assert chunk is not None
-            chunks += [self.prompt.prompt_chunk(index), chunk] if self.settings.echo else [chunk]
+            reader.prompt_logprobs = self.prompt_logprobs
+            chunks += reader.take_chunks(index)
         return chunks

@@ -12,10 +12,9 @@ the step it ends. `step` belongs to one thread; `add` and `cancel` may be called
 
 import logging
 import secrets
-import time
-from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,20 +24,15 @@ from model.beams import Beams
 from model.cores import count_cores
 from model.gpt import GPT
 from model.runner import WEIGHTS, Runner, TorchRunner, cache_bytes_per_token, compute_dtype
-from model.sampling import SamplingSettings, TokenLogprob, are_numbers, choose, penalize, token_logprobs, uniform
-from model.sequence import Chunk, FinishReason, GenerationRequest, Sequence, Work
+from model.sampling import SamplingSettings, TokenLogprob, are_numbers, draw_tokens
+from model.scheduler import QueueFull, Scheduled, Scheduler, SequenceGroup, Task
+from model.sequence import Chunk, FinishReason, GenerationRequest, Sequence
 from model.settings import require
 from model.tokenizer import Tokenizer
 
 __all__ = ["Chunk", "Engine", "EngineSettings", "GenerationRequest", "QueueFull", "SamplingSettings", "TokenLogprob"]
 
 log = logging.getLogger(__name__)
-
-Task = Sequence | Beams  # what holds slots: one text, or all beams of a search
-
-
-class QueueFull(Exception):
-    """As many requests wait as may wait; the caller should try again later."""
 
 
 @dataclass(frozen=True)
@@ -66,22 +60,13 @@ class EngineSettings:
         )
 
 
-@dataclass
-class Answer:
-    """One request on its way: its texts in the making, and what was said of them."""
+@dataclass(frozen=True)
+class Ready:
+    """A task whose next tokens can be chosen, and the logits [rows, V] to choose them from."""
 
-    request: GenerationRequest
-    tasks: list[Task]
-    prompt_reader: Task | None = None  # runs the prompt; texts beside it wait and take a copy
-    started: bool = False  # has had a slot
-
-    @property
-    def ranks(self) -> bool:
-        """Whether more texts are made than answered, so that nothing can be shown before all have ended."""
-        return self.request.settings.num_candidates > self.request.settings.n
-
-
-Scheduled = tuple[Answer, Task, list[Work]]
+    group: SequenceGroup
+    task: Task
+    logits: Tensor
 
 
 class Engine:
@@ -97,14 +82,7 @@ class Engine:
         self.runner = build_runner(model, self.settings)
         self.max_draft_tokens = self.runner.max_draft_tokens
         self.cache_bytes_per_token = cache_bytes_per_token(model.config, self.runner.cache_dtype)
-        self._free = list(range(self.runner.num_slots))
-        self._arrivals: deque[Answer] = deque()
-        self._cancelled: deque[str] = deque()
-        self._answers: dict[str, Answer] = {}
-        self._waiting: deque[tuple[Answer, Task]] = deque()
-        self._running: list[tuple[Answer, Task]] = []
-        self._num_queued = 0  # answers that have had no slot yet, arrivals aside
-        self._known: set[str] = set()
+        self.scheduler = Scheduler(self.runner.num_slots, self.settings.max_queue, self.settings.prefill_chunk_tokens)
         self._totals = dict.fromkeys(
             ("steps", "prompt_tokens", "generated_tokens", "drafted_tokens", "accepted_tokens"), 0
         )
@@ -114,9 +92,6 @@ class Engine:
     def add(self, request: GenerationRequest) -> None:
         """Queue a request. Raises `ValueError` with what is wrong with it, or `QueueFull`."""
         self._check(request)
-        # Those for whom a slot is free do not wait: the next step takes them.
-        if len(self._arrivals) + self._num_queued >= self.settings.max_queue + len(self._free):
-            raise QueueFull(f"{self.settings.max_queue} requests are waiting; try again later.")
         settings = request.settings
         tasks: list[Task]
         if settings.num_beams > 1:
@@ -125,12 +100,11 @@ class Engine:
             seed = secrets.randbits(63) if settings.seed is None else settings.seed
             numbers = range(settings.num_candidates)
             tasks = [Sequence(request, number, seed, self.tokenizer, self.max_draft_tokens) for number in numbers]
-        self._known.add(request.request_id)
-        self._arrivals.append(Answer(request, tasks))
+        self.scheduler.add(SequenceGroup(request, tasks))
 
     def cancel(self, request_id: str) -> None:
         """Stop a request at the next step; one that is not known, or has ended, is nothing to do."""
-        self._cancelled.append(request_id)
+        self.scheduler.cancel(request_id)
 
     def enter_thread(self) -> None:
         """Prepare the calling thread to step this engine and do nothing else: torch itself may keep to one core in it.
@@ -141,12 +115,12 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._arrivals or self._answers)
+        return self.scheduler.has_work
 
     def step(self) -> list[Chunk]:
-        """Schedule, run, sample, emit: one pass of the model for everybody."""
-        chunks = self._take_arrivals_and_leavers()
-        scheduled = self._schedule()
+        """End who leaves, schedule, and advance everybody by one pass of the model; return what can be shown now."""
+        chunks = [chunk for group, reason in self.scheduler.take_leavers() for chunk in self._end(group, reason)]
+        scheduled = self.scheduler.schedule()
         chunks += self._advance(scheduled)
         self._totals["steps"] += 1
         return chunks
@@ -154,10 +128,10 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """What an operator wants to see, now and in total."""
         return {
-            "queue": len(self._arrivals) + self._num_queued,
-            "running": len(self._running),
+            "queue": self.scheduler.num_queued,
+            "running": self.scheduler.num_running,
             "slots": self.runner.num_slots,
-            "cache_used_tokens": sum(task.cached_tokens for _, task in list(self._running)),
+            "cache_used_tokens": self.scheduler.cached_tokens,
             "cache_capacity_tokens": self.runner.num_slots * self.context_length,
             "cache_bytes": self.runner.num_slots * self.context_length * self.cache_bytes_per_token,
             "weights": self.runner.weights,
@@ -165,201 +139,112 @@ class Engine:
             **self._totals,
         }
 
-    # -- Schedule ----------------------------------------------------------------------------------------------------
-
-    def _take_arrivals_and_leavers(self) -> list[Chunk]:
-        """Let requests in, and those out that were cancelled or are past their deadline."""
-        while self._arrivals:
-            answer = self._arrivals.popleft()
-            self._answers[answer.request.request_id] = answer
-            self._waiting.extend((answer, task) for task in answer.tasks)
-            self._num_queued += 1
-        leaving: dict[str, FinishReason] = {}
-        while self._cancelled:
-            leaving[self._cancelled.popleft()] = "cancelled"
-        now = time.monotonic()
-        for request_id, answer in self._answers.items():
-            deadline = answer.request.deadline
-            if deadline is not None and deadline <= now:
-                leaving.setdefault(request_id, "deadline")
-        chunks: list[Chunk] = []
-        for request_id, reason in leaving.items():
-            if request_id in self._answers:
-                chunks += self._end(self._answers[request_id], reason)
-        return chunks
-
-    def _schedule(self) -> list[Scheduled]:
-        """Fill free slots from the queue, then choose: every text its next token, prompts as far as the step allows."""
-        while self._waiting and len(self._free) >= self._waiting[0][1].num_slots:
-            answer, task = self._waiting.popleft()
-            task.slots = [self._free.pop() for _ in range(task.num_slots)]
-            self._num_queued -= not answer.started
-            answer.started = True
-            if answer.prompt_reader is None:
-                answer.prompt_reader = task
-            self._running.append((answer, task))
-        scheduled = []
-        budget = chunk_tokens = self.settings.prefill_chunk_tokens
-        for answer, task in self._running:
-            if task.in_prompt and task is not answer.prompt_reader:
-                continue  # waits for the prompt that is being read for it
-            work = task.next_work(chunk_tokens)
-            if task.in_prompt:
-                # A chunk is never cut to fit the others: its shape is its own, and so are its last bits.
-                if len(work[0].tokens) > budget:
-                    continue
-                budget -= len(work[0].tokens)
-            scheduled.append((answer, task, work))
-        return scheduled
-
-    # -- Run, sample -------------------------------------------------------------------------------------------------
+    # -- One step ----------------------------------------------------------------------------------------------------
 
     def _advance(self, scheduled: list[Scheduled]) -> list[Chunk]:
-        """Run one pass of the model and take every text one step on."""
+        """Run one pass of the model and take every task one step on."""
         if not scheduled:
             return []
         try:
-            logits = self.runner.run([item for _, _, work in scheduled for item in work])
+            logits = self.runner.run([item for one in scheduled for item in one.work])
             healthy = are_numbers(logits)
         except Exception as error:
             if len(scheduled) > 1:
                 # Running again alone is harmless (it writes the same keys and values) and finds whose fault it was.
-                return [chunk for one in scheduled if self._knows(one[0]) for chunk in self._advance([one])]
-            log.exception("A step failed for request %s.", scheduled[0][0].request.request_id)
-            return self._end(scheduled[0][0], "error", f"The model failed with {type(error).__name__}.")
-        return self._take_tokens(scheduled, logits, healthy)
-
-    def _take_tokens(self, scheduled: list[Scheduled], logits: Tensor, healthy: list[bool]) -> list[Chunk]:
-        """Choose from the logits [rows, V] of everybody's work, and say what came of it."""
+                return [chunk for one in scheduled if not one.group.ended for chunk in self._advance([one])]
+            return self._fail(scheduled[0].group, "The model", error)
         chunks: list[Chunk] = []
-        rows: list[tuple[Answer, Task, Tensor]] = []
+        ready: list[Ready] = []
         first = 0
-        for answer, task, work in scheduled:
-            num_rows = sum(item.num_logits for item in work)
-            if all(healthy[first : first + num_rows]):
-                rows += self._read(answer, task, work, logits[first : first + num_rows])
-            elif self._knows(answer):
-                chunks += self._end(answer, "error", "The model's output is not a number.")
-            first += num_rows
-        rows = [row for row in rows if self._knows(row[0])]
-        self._sample([(answer, task, part) for answer, task, part in rows if isinstance(task, Sequence)])
-        for _, task, part in rows:
-            if isinstance(task, Beams):
-                for source, target in task.advance(part):
-                    self.runner.copy(source, target, task.num_cached)
-        return chunks + self._emit([(answer, task) for answer, task, _ in rows])
+        for one in scheduled:
+            rows = slice(first, first + sum(item.num_logits for item in one.work))
+            first = rows.stop
+            if one.group.ended:
+                continue
+            if not all(healthy[rows]):
+                chunks += self._end(one.group, "error", "The model's output is not a number.")
+                continue
+            try:
+                ready += self._read(one, logits[rows])
+            except Exception as error:
+                chunks += self._fail(one.group, "Reading the prompt", error)
+        return chunks + self._sample(ready)
 
-    def _read(self, answer: Answer, task: Task, work: list[Work], logits: Tensor) -> list[tuple[Answer, Task, Tensor]]:
-        """Note what of a prompt has run; return the texts that have logits [rows, V] to choose tokens from."""
+    def _read(self, scheduled: Scheduled, logits: Tensor) -> list[Ready]:
+        """Note what of a prompt has run; return the tasks that have logits [rows, V] to choose tokens from."""
+        group, task = scheduled.group, scheduled.task
         if not task.in_prompt:
-            return [(answer, task, logits)]
-        reader = task.prompt if isinstance(task, Beams) else task
-        [item] = work
-        reader.num_cached += len(item.tokens)
+            return [Ready(group, task, logits)]
+        [item] = scheduled.work
+        task.read_prompt(len(item.tokens), logits)
         self._totals["prompt_tokens"] += len(item.tokens)
-        if reader.wants_prompt_logprobs:
-            following = reader.tokens[item.start + 1 : reader.num_cached + 1]
-            num_top = reader.settings.logprobs or 0
-            reader.prompt_logprobs += token_logprobs(logits[: len(following)], following, num_top)
         if task.in_prompt:
             return []
-        answer.prompt_reader = None
-        ready: list[tuple[Answer, Task, Tensor]] = [(answer, task, logits[-1:])]
-        for _, other in self._running:
-            if isinstance(other, Sequence) and other.request is answer.request and other.in_prompt:
-                self.runner.copy(task.slots[0], other.slots[0], reader.prompt_length)
-                other.num_cached = reader.prompt_length
-                other.prompt_logprobs = reader.prompt_logprobs
-                ready.append((answer, other, logits[-1:]))
+        group.prompt_reader = None
+        ready = [Ready(group, task, logits[-1:])]
+        for other in group.tasks:
+            if other.slots and other.in_prompt:  # it waited for this prompt
+                self.runner.copy(task.slots[0], other.slots[0], len(group.request.prompt_tokens))
+                other.share_prompt(task)
+                ready.append(Ready(group, other, logits[-1:]))
         return ready
 
-    def _sample(self, rows: list[tuple[Answer, Sequence, Tensor]]) -> None:
-        """Choose the next token of each text, and those after its drafted tokens, all rows together."""
-        if not rows:
-            return
-        logits = torch.cat([part for _, _, part in rows])  # a copy: log-probabilities are told from the model's own
-        settings: list[SamplingSettings] = []
-        uniforms: list[float] = []
-        for _, sequence, _ in rows:
-            wanted, draft = sequence.settings, sequence.draft
-            for place in range(1 + len(draft)):
-                if wanted.adjusts_logits:
-                    generated = sequence.generated + draft[:place]
-                    penalize(logits[len(settings)], wanted, sequence.request.prompt_tokens, generated)
-                position = len(sequence.tokens) + place
-                drawn = uniform(sequence.seed, sequence.candidate, position) if wanted.temperature else 0.0
-                settings.append(wanted)
-                uniforms.append(drawn)
-        chosen = choose(logits, settings, uniforms)
-        first = 0
-        for answer, sequence, part in rows:
-            tokens = chosen[first : first + 1 + len(sequence.draft)]
-            first += len(tokens)
-            num_top = sequence.settings.logprobs
-            logprobs = None
-            if num_top is not None or answer.ranks:
-                logprobs = token_logprobs(part, tokens, num_top or 0)
-            before, drafted = len(sequence.tokens), len(sequence.draft)
-            sequence.accept(tokens, logprobs)
-            self._totals["generated_tokens"] += len(sequence.tokens) - before
-            self._totals["drafted_tokens"] += drafted
-            self._totals["accepted_tokens"] += max(len(sequence.tokens) - before - 1, 0)
-
-    # -- Emit --------------------------------------------------------------------------------------------------------
-
-    def _emit(self, advanced: list[tuple[Answer, Task]]) -> list[Chunk]:
-        """Return what can be shown now, and free the places of texts that have ended."""
+    def _sample(self, ready: list[Ready]) -> list[Chunk]:
+        """Choose the next tokens of all tasks together, and say what came of them."""
+        ready = [one for one in ready if not one.group.ended]
+        if not ready:
+            return []
+        try:
+            draws = [one.task.draws() for one in ready]
+            rows = [one.logits for one, wanted in zip(ready, draws, strict=True) if wanted]
+            wanted_draws = [draw for wanted in draws for draw in wanted]
+            # A copy of the logits, because log-probabilities are told from the model's own.
+            chosen = iter(draw_tokens(torch.cat(rows), wanted_draws) if rows else [])
+        except Exception as error:
+            if len(ready) > 1:
+                # Nothing was taken yet, and choosing again gives the same tokens: alone, so only one can fail.
+                return [chunk for one in ready for chunk in self._sample([one])]
+            return self._fail(ready[0].group, "Choosing a token", error)
         chunks: list[Chunk] = []
-        for answer, task in advanced:
-            if task.finish_reason is not None:
-                self._release(task)
-            if isinstance(task, Sequence) and not answer.ranks:
-                if task.settings.echo and not task.echoed:
-                    task.echoed = True
-                    chunks.append(task.prompt_chunk(task.candidate))
-                chunk = task.take_chunk(task.candidate)
-                if chunk is not None:
-                    chunks.append(chunk)
-            if self._knows(answer) and all(other.finish_reason is not None for other in answer.tasks):
-                chunks += _ranked_chunks(answer)
-                self._forget(answer)
+        for one, wanted in zip(ready, draws, strict=True):
+            tokens = list(islice(chosen, len(wanted)))
+            if one.group.ended:
+                continue
+            try:
+                chunks += self._take(one, tokens)
+            except Exception as error:
+                chunks += self._fail(one.group, "Taking a token", error)
         return chunks
 
-    def _end(self, answer: Answer, reason: FinishReason, error: str = "") -> list[Chunk]:
+    def _take(self, ready: Ready, tokens: list[int]) -> list[Chunk]:
+        """Give a task its tokens, and return what of its request can be shown now."""
+        group, task = ready.group, ready.task
+        advance = task.advance(ready.logits, tokens)
+        for source, target, num_tokens in advance.copies:
+            self.runner.copy(source, target, num_tokens)
+        self._totals["generated_tokens"] += advance.generated
+        self._totals["drafted_tokens"] += advance.drafted
+        self._totals["accepted_tokens"] += max(advance.generated - 1, 0)
+        if task.finish_reason is not None:
+            self.scheduler.release(task)
+        chunks = group.take_chunks(task)
+        if group.is_done:
+            self.scheduler.end(group)
+        return chunks
+
+    def _fail(self, group: SequenceGroup, what: str, error: Exception) -> list[Chunk]:
+        """End the request whose fault an exception was; everybody else goes on."""
+        log.error("%s failed for request %s.", what, group.request.request_id, exc_info=error)
+        return self._end(group, "error", f"{what} failed with {type(error).__name__}.")
+
+    def _end(self, group: SequenceGroup, reason: FinishReason, error: str = "") -> list[Chunk]:
         """Stop a whole request; each answer that has not ended gets a last chunk that says why."""
-        chunks: list[Chunk] = []
-        for task in answer.tasks:
-            if task.finish_reason is None:
-                if reason == "error":
-                    for slot in task.slots:
-                        self.runner.clear(slot)
-                self._release(task)
-                if isinstance(task, Sequence) and not answer.ranks:
-                    task.finish(reason)
-                    chunk = task.take_chunk(task.candidate)
-                    assert chunk is not None
-                    chunks.append(replace(chunk, error=error))
-        if not chunks:
-            request = answer.request
-            numbers = range(request.settings.n)
-            chunks = [Chunk(request.request_id, number, "", [], None, reason, error=error) for number in numbers]
-        self._waiting = deque(waiting for waiting in self._waiting if waiting[0] is not answer)
-        if not answer.started:
-            self._num_queued -= 1
-        self._forget(answer)
-        return chunks
-
-    def _release(self, task: Task) -> None:
-        self._free += task.slots
-        task.slots = []
-        self._running = [running for running in self._running if running[1] is not task]
-
-    def _forget(self, answer: Answer) -> None:
-        del self._answers[answer.request.request_id]
-        self._known.discard(answer.request.request_id)
-
-    def _knows(self, answer: Answer) -> bool:
-        return answer.request.request_id in self._answers
+        if reason == "error":
+            for task in group.tasks:
+                for slot in task.slots:
+                    self.runner.clear(slot)
+        self.scheduler.end(group)
+        return group.end(reason, error)
 
     def _check(self, request: GenerationRequest) -> None:
         settings, prompt = request.settings, request.prompt_tokens
@@ -382,24 +267,6 @@ class Engine:
             settings.num_beams <= self.runner.num_slots,
             f"num_beams is {settings.num_beams}; this engine has {self.runner.num_slots} places.",
         )
-        require(request.request_id not in self._known, f"There is a request {request.request_id!r} already.")
-
-
-def _ranked_chunks(answer: Answer) -> list[Chunk]:
-    """Return the chunks of answers that could only be chosen at the end: beams, and the best n of best_of."""
-    chunks: list[Chunk] = []
-    if isinstance(answer.tasks[0], Beams):
-        chunks = answer.tasks[0].take_chunks()
-    elif answer.ranks:
-        sequences = [task for task in answer.tasks if isinstance(task, Sequence)]
-        sequences.sort(key=lambda sequence: -sequence.mean_logprob)
-        for index, sequence in enumerate(sequences[: answer.request.settings.n]):
-            if sequence.settings.echo:
-                chunks.append(sequence.prompt_chunk(index))
-            chunk = sequence.take_chunk(index)
-            assert chunk is not None
-            chunks.append(chunk)
-    return chunks
 
 
 def build_runner(model: GPT, settings: EngineSettings) -> Runner:

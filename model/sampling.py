@@ -1,7 +1,7 @@
 """How the next token is chosen: the settings of one request, and the arithmetic from logits to a token.
 
-Rows are independent: what one row gets never depends on the rows beside it, to the last bit. So every
-operation here works along the vocabulary only, and reductions that torch may split by shape are avoided.
+What one row gets never depends on the rows beside it, to the last bit. So every operation here works along the
+vocabulary, and none is a reduction that torch may split by the number of rows.
 
 N: rows   V: vocabulary   K: tokens of a row's context
 """
@@ -20,12 +20,15 @@ from model.settings import require
 MAX_CANDIDATES = 128
 MAX_LOGPROBS = 20
 MAX_LOOKUP_TOKENS = 32
+GREEDY_BELOW = 1e-5
+# Logits that settings have changed stay within this: divided by the smallest temperature they are still numbers.
+MAX_ADJUSTED_LOGIT = 1e30
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
     max_tokens: int = 16  # generated tokens at most
-    temperature: float = 1.0  # 0 is greedy
+    temperature: float = 1.0  # 0 is greedy, and so is what is nearly 0
     top_k: int = 0  # keep the k likeliest; 0 keeps all
     top_p: float = 1.0  # keep the fewest likeliest tokens that hold this share of probability
     min_p: float = 0.0  # keep tokens at least this share as likely as the likeliest
@@ -101,8 +104,13 @@ class SamplingSettings:
         return max(self.n, self.best_of)
 
     @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken; so small a temperature would leave nothing to any other."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
     def adjusts_logits(self) -> bool:
-        """Whether anything but the temperature stands between the logits and the distribution."""
+        """Whether the logits are changed before they are divided by the temperature."""
         return (
             self.repetition_penalty != 1
             or self.presence_penalty != 0
@@ -125,6 +133,24 @@ class TokenLogprob:
     top: list[tuple[int, float]]  # the likeliest tokens, best first
 
 
+@dataclass(frozen=True)
+class Draw:
+    """What decides one token: settings, a number in [0, 1), and the tokens before it."""
+
+    settings: SamplingSettings
+    uniform: float
+    prompt: Sequence[int]
+    generated: Sequence[int]
+
+
+def draw_tokens(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
+    """Choose one token per row of logits [N, V], which penalties and biases change in place."""
+    for row, draw in zip(logits, draws, strict=True):
+        if draw.settings.adjusts_logits:
+            penalize(row, draw.settings, draw.prompt, draw.generated)
+    return choose(logits, [draw.settings for draw in draws], [draw.uniform for draw in draws])
+
+
 def uniform(seed: int, candidate: int, position: int) -> float:
     """Return the number in [0, 1) that decides one token: a pure function, the same on every machine."""
     digest = hashlib.blake2b(f"{seed}/{candidate}/{position}".encode(), digest_size=6).digest()
@@ -144,7 +170,9 @@ def penalize(logits: Tensor, settings: SamplingSettings, prompt: Sequence[int], 
         seen = torch.tensor([*prompt, *generated], device=logits.device).unique()
         scores = logits[seen]
         penalty = settings.repetition_penalty
-        logits[seen] = torch.where(scores < 0, scores * penalty, scores / penalty)
+        adjusted = torch.where(scores < 0, scores * penalty, scores / max(penalty, 1 / MAX_ADJUSTED_LOGIT))
+        # What the model makes impossible (-inf) stays so.
+        logits[seen] = torch.where(scores > -math.inf, adjusted.clamp(-MAX_ADJUSTED_LOGIT, MAX_ADJUSTED_LOGIT), scores)
     if generated and (settings.presence_penalty or settings.frequency_penalty):
         tokens, counts = torch.tensor(generated, device=logits.device).unique(return_counts=True)
         logits[tokens] -= settings.presence_penalty + settings.frequency_penalty * counts
@@ -155,8 +183,8 @@ def penalize(logits: Tensor, settings: SamplingSettings, prompt: Sequence[int], 
 
 def filter_logits(logits: Tensor, settings: Sequence[SamplingSettings]) -> Tensor:
     """Return logits [N, V] divided by the temperature, with -inf where top-k, top-p, min-p or typical drop a token."""
-    # Greedy rows pass through undivided; what they keep does not matter.
-    logits = logits / _column(logits, [s.temperature or 1.0 for s in settings])
+    # Greedy rows are not divided; nobody asks what they keep.
+    logits = logits / _column(logits, [1.0 if s.is_greedy else s.temperature for s in settings])
     if any(s.top_k for s in settings):
         logits = _keep_top_k(logits, [s.top_k for s in settings])
     if any(s.top_p < 1 for s in settings):
@@ -171,10 +199,14 @@ def filter_logits(logits: Tensor, settings: Sequence[SamplingSettings]) -> Tenso
 
 
 def choose(logits: Tensor, settings: Sequence[SamplingSettings], uniforms: Sequence[float]) -> list[int]:
-    """Choose one token per row of logits [N, V], penalties already applied."""
+    """Choose one token per row of logits [N, V], penalties already applied.
+
+    Whatever the logits are, a token of the vocabulary is returned: where they give no probabilities, the first of the
+    largest (numpy and torch count NaN as that).
+    """
     # On a CPU numpy's argmax takes a tenth of the time of torch's; both take the first of equals.
     chosen = (logits.float().numpy() if logits.device.type == "cpu" else logits).argmax(-1).tolist()
-    sampled = [row for row, s in enumerate(settings) if s.temperature > 0]
+    sampled = [row for row, s in enumerate(settings) if not s.is_greedy]
     if sampled:
         filtered = filter_logits(logits[sampled].float(), [settings[row] for row in sampled])
         cumulative = filtered.softmax(-1).double().cumsum(-1)
@@ -182,7 +214,8 @@ def choose(logits: Tensor, settings: Sequence[SamplingSettings], uniforms: Seque
         # right=True: the first token whose cumulative probability exceeds the target; one of zero never does.
         tokens = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
         for row, token in zip(sampled, tokens.tolist(), strict=True):
-            chosen[row] = token
+            if token < logits.shape[-1]:  # not where the probabilities are NaN
+                chosen[row] = token
     return chosen
 
 

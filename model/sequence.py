@@ -1,15 +1,20 @@
 """One text being generated: its tokens, what of them the cache holds, and the text that may already be shown.
 
-A `Sequence` knows nothing of the others. It says what to run next (`next_work`), takes the tokens that were
-chosen (`accept`), and gives out text as soon as it is certain (`take_chunk`).
+A `Sequence` knows nothing of the others. It says what to run next (`next_work`) and what decides the next tokens
+(`draws`), takes the tokens that were chosen (`advance`), and gives out text as soon as it is certain (`take_chunks`).
 """
 
 import codecs
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from model.sampling import SamplingSettings, TokenLogprob
+from torch import Tensor
+
+from model.sampling import Draw, SamplingSettings, TokenLogprob, token_logprobs, uniform
 from model.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from model.scheduler import Task
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 LONGEST_LOOKUP = 3  # tokens that must repeat before what followed them is guessed to follow again
@@ -47,9 +52,18 @@ class Work:
     num_logits: int
 
 
+@dataclass(frozen=True)
+class Advance:
+    """What one step did for a text: tokens generated, tokens that had been drafted for it, and what is to be copied."""
+
+    generated: int
+    drafted: int = 0
+    copies: tuple[tuple[int, int, int], ...] = ()  # source slot, target slot, number of tokens
+
+
 @dataclass
 class TextStream:
-    """Bytes in, text out: never a split character, never text that a stop string may still take back."""
+    """Decodes bytes; it gives out no part of a character, and no text that a stop string may still take back."""
 
     stop: tuple[str, ...] = ()
     released: int = 0  # characters given out
@@ -101,7 +115,7 @@ class _Pending:
 class Sequence:
     """One candidate of a request."""
 
-    num_slots = 1
+    num_slots: int = 1
 
     def __init__(
         self, request: GenerationRequest, candidate: int, seed: int, tokenizer: Tokenizer, max_draft_tokens: int = 0
@@ -115,7 +129,7 @@ class Sequence:
         self.num_cached = 0
         self.slots: list[int] = []
         self.finish_reason: FinishReason | None = None
-        self.echoed = False
+        self._echoed = False
         self.draft: list[int] = []  # guessed to follow `tokens`, and running with them
         self.max_draft_tokens = min(request.settings.prompt_lookup_tokens, max_draft_tokens)
         self.prompt_logprobs: list[TokenLogprob] = [TokenLogprob(self.tokens[0], None, [])]
@@ -136,7 +150,7 @@ class Sequence:
 
     @property
     def mean_logprob(self) -> float:
-        """What `best_of` ranks by."""
+        """Log-probability per token, by which `best_of` ranks."""
         return sum(self._chosen_logprobs) / max(len(self._chosen_logprobs), 1)
 
     @property
@@ -161,6 +175,41 @@ class Sequence:
             num_logits = len(chunk) + len(self.draft)
         return [Work(self.slots[0], self.num_cached, chunk + self.draft, num_logits)]
 
+    def read_prompt(self, num_tokens: int, logits: Tensor) -> None:
+        """Note that so many more tokens of the prompt have run and gave these logits [rows, V]."""
+        start = self.num_cached
+        self.num_cached += num_tokens
+        if self.wants_prompt_logprobs:
+            following = self.tokens[start + 1 : self.num_cached + 1]
+            self.prompt_logprobs += token_logprobs(logits[: len(following)], following, self.settings.logprobs or 0)
+
+    def share_prompt(self, reader: "Task") -> None:
+        """Note that the slot holds the whole prompt, copied from the task that has read it."""
+        self.num_cached = self.prompt_length
+        self.prompt_logprobs = reader.prompt_logprobs
+
+    def draws(self) -> list[Draw]:
+        """Return what decides the next token, and the one after each drafted token."""
+        is_random = not self.settings.is_greedy
+        return [
+            Draw(
+                self.settings,
+                uniform(self.seed, self.candidate, len(self.tokens) + place) if is_random else 0.0,
+                self.request.prompt_tokens,
+                self.generated + self.draft[:place],
+            )
+            for place in range(1 + len(self.draft))
+        ]
+
+    def advance(self, logits: Tensor, chosen: list[int]) -> Advance:
+        """Take the tokens chosen for `draws` from logits [rows, V]."""
+        logprobs = None
+        if self.settings.logprobs is not None or self.settings.num_candidates > self.settings.n:
+            logprobs = token_logprobs(logits, chosen, self.settings.logprobs or 0)
+        before, drafted = len(self.tokens), len(self.draft)
+        self.accept(chosen, logprobs)
+        return Advance(len(self.tokens) - before, drafted)
+
     def accept(self, chosen: list[int], logprobs: list[TokenLogprob] | None) -> None:
         """Take the token chosen after the last one, and after each drafted token as long as the draft was right."""
         self.num_cached = len(self.tokens)
@@ -171,11 +220,26 @@ class Sequence:
             self.num_cached += 1
         self.draft = []
 
+    def end(self, index: int, reason: FinishReason) -> list[Chunk]:
+        """Stop here; return the last chunk."""
+        self.finish(reason)
+        chunk = self._take_chunk(index)
+        return [] if chunk is None else [chunk]
+
     def finish(self, reason: FinishReason) -> None:
-        """End the text here and let go what was held back."""
+        """End the text here and give out what was held back."""
         self.finish_reason = reason
         if not self._text.stopped:
             self._certain += self._text.push(b"", final=True)
+
+    def take_chunks(self, index: int) -> list[Chunk]:
+        """Return what became certain since the last call, after the prompt where `echo` asks for that."""
+        chunks = []
+        if self.settings.echo and not self._echoed:
+            self._echoed = True
+            chunks.append(self.prompt_chunk(index))
+        chunk = self._take_chunk(index)
+        return chunks if chunk is None else [*chunks, chunk]
 
     def prompt_chunk(self, index: int) -> Chunk:
         """Return the prompt as a chunk, for `echo`."""
@@ -185,8 +249,7 @@ class Sequence:
             self.request.request_id, index, self._tokenizer.decode(prompt), list(prompt), logprobs, None, is_prompt=True
         )
 
-    def take_chunk(self, index: int) -> Chunk | None:
-        """Return what became certain since the last call; None where nothing did and the text goes on."""
+    def _take_chunk(self, index: int) -> Chunk | None:
         out = [
             pending for pending in self._pending if self.finish_reason is not None or pending.end <= self._text.released
         ]
@@ -217,7 +280,7 @@ class Sequence:
 
 
 def look_up(tokens: list[int], num_tokens: int) -> list[int]:
-    """Guess what follows: what followed the latest earlier occurrence of the last few tokens."""
+    """Guess the next tokens: those that followed the latest earlier occurrence of the last few tokens."""
     if num_tokens <= 0:
         return []
     for length in range(min(LONGEST_LOOKUP, len(tokens) - 1), 0, -1):

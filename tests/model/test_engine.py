@@ -5,113 +5,36 @@ Long because every way of generating is tried with the same few helpers.
 
 import math
 import random
-import shutil
 import time
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-import model as model_room
+from model.beams import Beams
 from model.cores import count_cores
-from model.engine import Chunk, Engine, EngineSettings, GenerationRequest, QueueFull, SamplingSettings, TokenLogprob
-from model.gpt import GPT, ModelConfig
-from model.sequence import Work
-from model.tokenizer import Tokenizer, train_bpe
-
-CONTEXT = 64
-FAMILIES = {
-    "modern": ModelConfig(num_layers=2, width=48, num_heads=4, num_kv_heads=2, head_dim=20, context_length=CONTEXT),
-    "classic": ModelConfig(family="classic", num_layers=2, width=48, num_heads=4, context_length=CONTEXT),
-}
-HAS_KERNEL_SOURCE = (Path(model_room.__file__).parent / "cpu/kernel.cpp").exists()
-needs_compiler = pytest.mark.skipif(
-    not HAS_KERNEL_SOURCE or not any(map(shutil.which, ("c++", "g++", "clang++"))),
-    reason="the kernel needs the folder model/cpu and a C++ compiler",
+from model.engine import Engine, EngineSettings, GenerationRequest, QueueFull, SamplingSettings
+from model.gpt import GPT
+from model.sequence import Sequence, Work
+from tests.model.tiny_engine import (
+    CONTEXT,
+    FAMILIES,
+    RUNNERS,
+    Text,
+    answer,
+    engine,
+    gather,
+    model,
+    needs_compiler,
+    request,
+    run,
+    tokenizer,
 )
-RUNNERS = [
-    pytest.param(("torch", "float32"), id="torch"),
-    *(
-        pytest.param(("kernel", weights), id=f"kernel-{weights}", marks=needs_compiler)
-        for weights in ("float32", "bfloat16", "int8")
-    ),
-]
-
-
-@cache
-def tokenizer() -> Tokenizer:
-    return train_bpe(["the quick brown fox jumps over the lazy dog; naïve cafés, 你好 and more. " * 20], 300)
-
-
-@cache
-def model(family: str = "modern") -> GPT:
-    torch.manual_seed(11)
-    made = GPT(FAMILIES[family], tokenizer().vocab_size)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.25 if parameter.ndim > 1 else 0.1))
-    made.clear_padding()
-    return made.eval()
-
-
-def engine(family: str = "modern", runner: tuple[str, str] = ("auto", "float32"), **settings: Any) -> Engine:
-    backend, weights = runner
-    return Engine(model(family), tokenizer(), EngineSettings(backend=backend, weights=weights, **settings))
-
-
-def request(
-    name: str, prompt: str = "the quick brown", deadline: float | None = None, **settings: Any
-) -> GenerationRequest:
-    return GenerationRequest(name, tokenizer().encode(prompt).tolist(), SamplingSettings(**settings), deadline)
-
-
-@dataclass
-class Text:
-    """The chunks of one answer, put together."""
-
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: str | None = None
-    prompt: Chunk | None = None
-    error: str = ""
-
-
-def gather(chunks: Iterable[Chunk], texts: dict[tuple[str, int], Text] | None = None) -> dict[tuple[str, int], Text]:
-    texts = {} if texts is None else texts
-    for chunk in chunks:
-        text = texts.setdefault((chunk.request_id, chunk.index), Text())
-        assert text.finish_reason is None, "nothing follows the end"
-        if chunk.is_prompt:
-            assert not text.tokens
-            text.prompt = chunk
-            continue
-        text.text += chunk.text
-        text.tokens += chunk.tokens
-        text.logprobs += chunk.logprobs or []
-        text.finish_reason = chunk.finish_reason
-        text.error = chunk.error
-    return texts
-
-
-def run(engine: Engine, requests: Iterable[GenerationRequest]) -> dict[tuple[str, int], Text]:
-    for one in requests:
-        engine.add(one)
-    texts: dict[tuple[str, int], Text] = {}
-    while engine.has_work:
-        gather(engine.step(), texts)
-    assert len(engine._free) == engine.runner.num_slots, "every place is free again"
-    return texts
-
-
-def answer(engine: Engine, one: GenerationRequest) -> Text:
-    return run(engine, [one])[one.request_id, 0]
 
 
 def mixed_requests() -> list[GenerationRequest]:
@@ -349,6 +272,81 @@ def test_a_failing_step_fails_only_the_request_concerned(caplog: pytest.LogCaptu
     assert texts["bad", 0].error == "The model failed with RuntimeError."
     assert texts["good", 0] == answer(engine(), good)
     assert "device fault" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "way", [{"seed": 1}, {"num_beams": 2}, {"n": 2, "seed": 1}, {"best_of": 2, "seed": 1}], ids=str
+)
+@pytest.mark.parametrize("place", ["draws", "advance"])
+def test_an_exception_while_a_token_is_chosen_ends_the_request_it_belongs_to(
+    place: str, way: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for kind in (Sequence, Beams):
+        whole = getattr(kind, place)
+
+        def failing(self: Any, *arguments: Any, whole: Any = whole) -> Any:
+            if self.request.request_id == "bad":
+                raise IndexError("list index out of range")
+            return whole(self, *arguments)
+
+        monkeypatch.setattr(kind, place, failing)
+    busy = engine()
+    good = [request("good", max_tokens=9, seed=1), request("beams", max_tokens=5, num_beams=2)]
+    texts = run(busy, [good[0], request("bad", max_tokens=9, **way), good[1]])
+    assert {text.finish_reason for (name, _), text in texts.items() if name == "bad"} == {"error"}
+    assert texts["bad", 0].error.endswith("failed with IndexError.")
+    assert "list index out of range" in caplog.text
+    for one in good:
+        assert texts[one.request_id, 0] == answer(engine(), one)
+
+
+# Settings at both ends of what is allowed, and what once turned logits infinite.
+EXTREMES = {
+    "temperature": [0.0, 1e-300, 1e-40, 1e-37, 1e-20, 1e-6, 1e-5, 1.0, 100.0],
+    "repetition_penalty": [1e-300, 1e-40, 1e-37, 1e-20, 1.0, 100.0],
+    "presence_penalty": [-2.0, 0.0, 2.0],
+    "frequency_penalty": [-2.0, 0.0, 2.0],
+    "top_k": [0, 1, 10**9],
+    "top_p": [1e-300, 0.5, 1.0],
+    "min_p": [0.0, 1e-300, 1.0],
+    "typical_p": [1e-300, 0.5, 1.0],
+    "logit_bias": [{}, {0: 100.0, 299: -100.0}, dict.fromkeys(range(300), -100.0), dict.fromkeys(range(300), 100.0)],
+    "seed": [0, -(2**63), 2**64 - 1],
+    "logprobs": [None, 0, 20],
+    "echo": [False, True],
+    "stop": [(), ("e", "th")],
+    "stop_tokens": [(), tuple(range(0, 300, 3))],
+}
+WAYS = [{}, {"n": 2}, {"best_of": 3}, {"num_beams": 3, "n": 2}, {"prompt_lookup_tokens": 32}]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.fixed_dictionaries({name: st.sampled_from(values) for name, values in EXTREMES.items()}), st.sampled_from(WAYS)
+)
+def test_no_settings_can_end_the_engine_or_change_a_neighbours_answer(
+    extreme: dict[str, Any], way: dict[str, Any]
+) -> None:
+    neighbour = request("neighbour", max_tokens=6, seed=3, top_p=0.9, logprobs=1)
+    one = request("one", "the the the", max_tokens=5, **extreme, **way)
+    busy = long_lived_engine()
+    together = run(busy, [neighbour, one])
+    assert together["neighbour", 0] == answer(busy, neighbour)
+    assert {key: text for key, text in together.items() if key[0] == "one"} == run(busy, [one])
+    for text in together.values():
+        assert text.finish_reason in ("stop", "length")
+        assert all(0 <= token < tokenizer().vocab_size for token in text.tokens)
+
+
+@cache
+def long_lived_engine() -> Engine:
+    return engine()
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    greedy = answer(engine(), request("a", max_tokens=8, temperature=0))
+    assert answer(engine(), request("a", max_tokens=8, temperature=temperature)) == greedy
 
 
 # -- Ways of generating -----------------------------------------------------------------------------------------------

@@ -1,12 +1,24 @@
 """Every way of choosing a token: against transformers' processors, or against arithmetic done by hand."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from model.sampling import SamplingSettings, choose, filter_logits, penalize, token_logprobs, uniform
+from model.sampling import (
+    Draw,
+    SamplingSettings,
+    choose,
+    draw_tokens,
+    filter_logits,
+    penalize,
+    token_logprobs,
+    uniform,
+)
 
 VOCABULARY = 60
 
@@ -90,6 +102,42 @@ def test_a_token_of_probability_zero_is_never_chosen() -> None:
     settings = SamplingSettings()
     edges = [0.0, 0.5, 1 - 2**-48]
     assert {choose(logits, [settings], [number])[0] for number in edges} == {1, 3}
+
+
+ANY_NUMBER = st.floats(width=32, allow_nan=True, allow_infinity=True)
+
+
+@given(
+    st.lists(ANY_NUMBER, min_size=7, max_size=7),
+    st.fixed_dictionaries(
+        {
+            "temperature": st.floats(0, 100),
+            "repetition_penalty": st.floats(0, 100, exclude_min=True),
+            "top_k": st.integers(0, 2**62),
+            "top_p": st.floats(0, 1, exclude_min=True),
+            "min_p": st.floats(0, 1),
+            "typical_p": st.floats(0, 1, exclude_min=True),
+            "logit_bias": st.dictionaries(st.integers(0, 6), st.floats(-100, 100)),
+        }
+    ),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_what_is_chosen_is_a_token_whatever_the_logits_and_settings(
+    numbers: list[float], settings: dict[str, Any], drawn: float
+) -> None:
+    draw = Draw(SamplingSettings(**settings), drawn, [0, 3], [3, 6])
+    others = Draw(SamplingSettings(top_k=3), 0.5, [1], [2])
+    first, second = draw_tokens(torch.tensor([numbers, [0.0, 1, 2, 3, 2, 1, 0]]), [draw, others])
+    assert first in range(7)
+    assert second == draw_tokens(torch.tensor([[0.0, 1, 2, 3, 2, 1, 0]]), [others])[0]
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1e-40, 1e-20])
+def test_a_tiny_repetition_penalty_makes_what_was_there_certain(penalty: float) -> None:
+    settings = SamplingSettings(repetition_penalty=penalty, temperature=1e-5, logit_bias={2: 100.0})
+    logits = torch.tensor([[1.0, 2.0, 3.0, -math.inf]])
+    assert draw_tokens(logits, [Draw(settings, 0.0, [1, 3], [])]) == [1]
+    assert logits[0, 3] == -math.inf, "what cannot be stays impossible"
 
 
 def test_temperature_zero_takes_the_likeliest_and_the_first_of_equals() -> None:

@@ -1,0 +1,242 @@
+"""Which texts run in the next step: the slots of the cache, the queue before them, and how much of the prompts is read.
+
+    scheduler = Scheduler(num_slots=16, max_queue=256, prefill_chunk_tokens=256)
+    scheduler.add(group)
+    for one in scheduler.schedule(): ...        # what one pass of the model runs
+    scheduler.release(task); scheduler.end(group)
+
+A request is a `SequenceGroup`: tasks that share its prompt. A task holds slots and goes on step by step; it is one
+text (`Sequence`) or all beams of a search (`Beams`).
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from torch import Tensor
+
+from model.sampling import Draw, TokenLogprob
+from model.sequence import Advance, Chunk, FinishReason, GenerationRequest, Work
+
+
+class QueueFull(Exception):
+    """As many requests wait as may wait; the caller should try again later."""
+
+
+class Task(Protocol):
+    slots: list[int]  # of the cache; empty before the task has its place, and after it has ended
+    finish_reason: FinishReason | None
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprob]:
+        """The prompt's tokens with their log-probabilities, where `echo` asks for them."""
+
+    @property
+    def num_slots(self) -> int:
+        """Slots that the task needs, all at once."""
+
+    @property
+    def in_prompt(self) -> bool:
+        """Whether part of the prompt has yet to run."""
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens whose keys and values its slots hold."""
+
+    @property
+    def mean_logprob(self) -> float:
+        """Log-probability per token, by which `best_of` ranks."""
+
+    def next_work(self, chunk_tokens: int) -> list[Work]:
+        """Return what the model runs next for the task: a chunk of the prompt, or the newest tokens."""
+
+    def read_prompt(self, num_tokens: int, logits: Tensor) -> None:
+        """Note that so many more tokens of the prompt have run and gave these logits [rows, V]."""
+
+    def share_prompt(self, reader: "Task") -> None:
+        """Note that the slot holds the whole prompt, copied from the task that has read it."""
+
+    def draws(self) -> list[Draw]:
+        """Return what decides each token that is to be chosen now; none where the task chooses by itself."""
+
+    def advance(self, logits: Tensor, chosen: list[int]) -> Advance:
+        """Go on, given the logits [rows, V] of the work and the tokens chosen for `draws`."""
+
+    def take_chunks(self, index: int) -> list[Chunk]:
+        """Return what can be shown since the last call, as answer number `index`."""
+
+    def end(self, index: int, reason: FinishReason) -> list[Chunk]:
+        """Stop here; return the last chunk if the task has shown its text as it came."""
+
+
+@dataclass(eq=False)
+class SequenceGroup:
+    """One request on its way: its tasks, and which of them reads the prompt for all."""
+
+    request: GenerationRequest
+    tasks: list[Task]
+    prompt_reader: Task | None = None
+    ended: bool = False
+
+    @property
+    def is_done(self) -> bool:
+        return all(task.finish_reason is not None for task in self.tasks)
+
+    @property
+    def ranks(self) -> bool:
+        """Whether more texts are made than answered, so that nothing can be shown before all have ended."""
+        return self.request.settings.num_candidates > self.request.settings.n
+
+    def take_chunks(self, task: Task) -> list[Chunk]:
+        """Return what can be shown after `task` went on: its own text, or the best n texts once all have ended."""
+        if not self.ranks:
+            return task.take_chunks(self.tasks.index(task))
+        if not self.is_done:
+            return []
+        best = sorted(self.tasks, key=lambda each: -each.mean_logprob)[: self.request.settings.n]
+        return [chunk for index, each in enumerate(best) for chunk in each.take_chunks(index)]
+
+    def end(self, reason: FinishReason, error: str = "") -> list[Chunk]:
+        """Stop the whole request; each answer that has not ended gets a last chunk that says why."""
+        chunks: list[Chunk] = []
+        if not self.ranks:
+            for index, task in enumerate(self.tasks):
+                if task.finish_reason is None:
+                    chunks += task.end(index, reason)
+        if not chunks:
+            numbers = range(self.request.settings.n)
+            chunks = [Chunk(self.request.request_id, number, "", [], None, reason) for number in numbers]
+        return [replace(chunk, error=error) for chunk in chunks]
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A task that runs in this step, and what of it."""
+
+    group: SequenceGroup
+    task: Task
+    work: list[Work]
+
+
+class Scheduler:
+    """`add`, `cancel` and the counts may be used from any thread, all else from the one that steps the engine."""
+
+    def __init__(self, num_slots: int, max_queue: int, prefill_chunk_tokens: int) -> None:
+        self.num_slots = num_slots
+        self.max_queue = max_queue
+        self.prefill_chunk_tokens = prefill_chunk_tokens
+        self._free = list(range(num_slots))
+        self._arrivals: deque[SequenceGroup] = deque()  # added, and not yet taken in by a step
+        self._cancelled: deque[str] = deque()
+        self._groups: dict[str, SequenceGroup] = {}  # all that were taken in and have not ended
+        self._queue: deque[SequenceGroup] = deque()  # of those, the ones without any slot
+        self._unplaced: deque[tuple[SequenceGroup, Task]] = deque()  # tasks that wait beside others of their group
+        self._running: list[tuple[SequenceGroup, Task]] = []  # tasks with slots
+        self._known: set[str] = set()  # the names of all requests that have not ended
+
+    # -- From any thread ---------------------------------------------------------------------------------------------
+
+    def add(self, group: SequenceGroup) -> None:
+        """Queue a request. Raises `ValueError` if its name is taken, `QueueFull` if too many wait."""
+        name = group.request.request_id
+        if name in self._known:
+            raise ValueError(f"There is a request {name!r} already.")
+        # Those for whom a slot is free do not wait: the next step takes them.
+        if self.num_queued >= self.max_queue + self.num_free:
+            raise QueueFull(f"{self.max_queue} requests are waiting; try again later.")
+        self._known.add(name)
+        self._arrivals.append(group)
+
+    def cancel(self, request_id: str) -> None:
+        """Stop a request at the next step; one that is not known, or has ended, is nothing to do."""
+        self._cancelled.append(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._arrivals or self._groups)
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that have had no slot yet."""
+        return len(self._arrivals) + len(self._queue)
+
+    @property
+    def num_running(self) -> int:
+        """Tasks that have slots."""
+        return len(self._running)
+
+    @property
+    def num_free(self) -> int:
+        """Slots that nobody has."""
+        return len(self._free)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens that the cache holds for all tasks."""
+        return sum(task.cached_tokens for _, task in list(self._running))
+
+    # -- From the engine's thread ------------------------------------------------------------------------------------
+
+    def take_leavers(self) -> list[tuple[SequenceGroup, FinishReason]]:
+        """Take in the requests that have come; return those that were cancelled or are past their deadline."""
+        while self._arrivals:
+            group = self._arrivals.popleft()
+            self._groups[group.request.request_id] = group
+            self._queue.append(group)
+        reasons: dict[str, FinishReason] = {}
+        while self._cancelled:
+            reasons[self._cancelled.popleft()] = "cancelled"
+        now = time.monotonic()
+        for name, group in self._groups.items():
+            if group.request.deadline is not None and group.request.deadline <= now:
+                reasons.setdefault(name, "deadline")
+        return [(self._groups[name], reason) for name, reason in reasons.items() if name in self._groups]
+
+    def schedule(self) -> list[Scheduled]:
+        """Fill free slots from the queue, then choose: every text its next token, prompts as far as the step allows."""
+        self._place()
+        scheduled: list[Scheduled] = []
+        budget = self.prefill_chunk_tokens
+        for group, task in self._running:
+            if task.in_prompt and task is not group.prompt_reader:
+                continue  # waits for the prompt that another task reads for it
+            work = task.next_work(self.prefill_chunk_tokens)
+            if task.in_prompt:
+                # The rows of a chunk are computed together. Cutting the chunk to fit beside the others would change
+                # the order of additions, and so the last bits.
+                if len(work[0].tokens) > budget:
+                    continue
+                budget -= len(work[0].tokens)
+            scheduled.append(Scheduled(group, task, work))
+        return scheduled
+
+    def release(self, task: Task) -> None:
+        """Free the slots of a task that has ended."""
+        self._free += task.slots
+        task.slots = []
+        self._running = [running for running in self._running if running[1] is not task]
+
+    def end(self, group: SequenceGroup) -> None:
+        """Forget a request, and free what its tasks hold."""
+        for task in group.tasks:
+            self.release(task)
+        self._queue = deque(each for each in self._queue if each is not group)
+        self._unplaced = deque(each for each in self._unplaced if each[0] is not group)
+        group.ended = True
+        del self._groups[group.request.request_id]
+        self._known.discard(group.request.request_id)
+
+    def _place(self) -> None:
+        """Give free slots to tasks, in the order in which their requests came."""
+        while self._unplaced or self._queue:
+            group, task = self._unplaced[0] if self._unplaced else (self._queue[0], self._queue[0].tasks[0])
+            if len(self._free) < task.num_slots:
+                return
+            if not self._unplaced:
+                self._unplaced.extend((group, each) for each in self._queue.popleft().tasks)
+            self._unplaced.popleft()
+            task.slots = [self._free.pop() for _ in range(task.num_slots)]
+            if group.prompt_reader is None:
+                group.prompt_reader = task
+            self._running.append((group, task))

@@ -277,6 +277,7 @@ class GPT(nn.Module):
         slots: Tensor | None = None,
         positions: Tensor | None = None,
         visible: int | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """The last layer's normalised output [B, T, C], from which `logits` and the loss are computed.
 
@@ -285,6 +286,9 @@ class GPT(nn.Module):
         number of leading positions that any query may see, must be given with `positions`: it is known on the host.
         So rows of different lengths go in one batch, padded on the right: a padded token writes behind the end,
         where the next real one overwrites it. Only `forward` advances `cache.lengths`.
+
+        Without a cache, `mask` [B, 1, T, T], true where a token may look, goes with `positions`: several texts that
+        share a beginning can then lie in one row, which may be longer than the context.
         """
         length = tokens.shape[1]
         if cache is not None:
@@ -304,8 +308,8 @@ class GPT(nn.Module):
             mask = (reached <= positions[:, :, None])[:, None]
             context = AttentionContext(None, mask, cache, slots, positions, visible)
         else:
-            context = AttentionContext(mask=None if document_ids is None else document_mask(document_ids))
-        if length > self.config.context_length:
+            context = AttentionContext(mask=mask if document_ids is None else document_mask(document_ids))
+        if mask is None and length > self.config.context_length:
             raise ValueError(
                 f"{length} tokens are more than the model's context of {self.config.context_length}; shorten the text."
             )

@@ -1,0 +1,189 @@
+"""Conversations as tokens: which text a template makes of them, and what of it the assistant speaks.
+
+    template = open_template(CHAT_TEMPLATE)             # ours, or what a folder's chat_template.jinja holds
+    ids, spoken = encode(tokenizer, template.render(messages))                  # to learn from
+    ids, _ = encode(tokenizer, template.render(messages, ask=True))             # to be answered
+
+    <|chat|>user
+    What is a cape?
+    <|chat|>assistant
+    A sleeveless cloak.<|endoftext|>
+
+Our template writes roles as text, so it adds no token to any vocabulary. A marker ends in a word and a line break,
+after which every known pattern begins a new piece: an answer has the same tokens whether it is read or written.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from model.foreign_template import TemplateProcess
+from model.tokenizer import END_OF_TEXT, Tokenizer
+
+ROLES = ("system", "user", "assistant")
+TEMPLATE_FILE = "chat_template.jinja"
+MARKER = "<|chat|>"
+
+# What `transformers` and vLLM render. `Template` below is the same in Python, and a test holds one against the other.
+CHAT_TEMPLATE = r"""
+{%- macro written(content) -%}
+{{ content | trim | replace('<|chat|>', '<\\|chat|>') | replace(eos_token, '<\\' ~ eos_token[1:]) }}
+{%- endmacro -%}
+{%- for message in messages -%}
+{{ '<|chat|>' ~ message['role'] ~ '\n' }}
+{%- if message['role'] == 'assistant' -%}
+{% generation %}{{ written(message['content']) ~ eos_token }}{% endgeneration %}
+{%- elif message['role'] == 'user' or (message['role'] == 'system' and loop.first) -%}
+{{ written(message['content']) ~ '\n' }}
+{%- else -%}
+{{ raise_exception('Roles are user and assistant, and system for the first message.') }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|chat|>assistant\n' }}{%- endif -%}
+""".removeprefix("\n").removesuffix("\n")
+
+Message = Mapping[str, str]  # its "role" and its "content"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation's text, and the ranges of its characters that the assistant speaks."""
+
+    text: str
+    spoken: tuple[tuple[int, int], ...] = ()
+
+
+class ChatTemplate(Protocol):
+    """Makes text of conversations."""
+
+    text: str  # in Jinja, as checkpoints hold it
+
+    def render(self, messages: Sequence[Message], ask: bool = False) -> Rendered:
+        """Render a conversation; `ask` adds what stands before the assistant's next answer.
+
+        Raises `ValueError` with one sentence where it cannot be rendered.
+        """
+
+
+def open_template(text: str, special_tokens: Mapping[str, str] | None = None) -> ChatTemplate:
+    """Return what renders a Jinja template: our own in this process, any other in a process that is watched.
+
+    `special_tokens` are those that templates name, such as `eos_token`.
+    """
+    names = special_tokens or {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
+    return OwnTemplate(names["eos_token"]) if text == CHAT_TEMPLATE else ForeignTemplate(text, names)
+
+
+class OwnTemplate:
+    """`CHAT_TEMPLATE`, in Python."""
+
+    text = CHAT_TEMPLATE
+
+    def __init__(self, end_of_turn: str = END_OF_TEXT) -> None:
+        self._end = end_of_turn
+
+    def render(self, messages: Sequence[Message], ask: bool = False) -> Rendered:
+        check_messages(messages)
+        parts: list[str] = []
+        spoken = []
+        length = 0
+
+        def write(part: str) -> None:
+            nonlocal length
+            parts.append(part)
+            length += len(part)
+
+        for message in messages:
+            write(f"{MARKER}{message['role']}\n")
+            began = length
+            write(self._written(message["content"]))
+            if message["role"] == "assistant":
+                write(self._end)
+                spoken.append((began, length))
+            else:
+                write("\n")
+        if ask:
+            write(f"{MARKER}assistant\n")
+        return Rendered("".join(parts), tuple(spoken))
+
+    def _written(self, content: str) -> str:
+        """A message's text without the white space around it, and with nothing in it that could pass for a marker."""
+        return content.strip().replace(MARKER, f"<\\{MARKER[1:]}").replace(self._end, f"<\\{self._end[1:]}")
+
+
+class ForeignTemplate:
+    """A template that somebody else wrote; what the assistant speaks is what it marks, or what an answer adds."""
+
+    def __init__(self, text: str, special_tokens: Mapping[str, str]) -> None:
+        self.text = text
+        self._process = TemplateProcess(text, special_tokens)
+        self._marks_spoken = re.search(r"\{%-?\s*generation\s*-?%\}", text) is not None
+
+    def render(self, messages: Sequence[Message], ask: bool = False) -> Rendered:
+        check_messages(messages)
+        text, spoken = self._process.render(messages, ask)
+        return Rendered(text, tuple(spoken) if self._marks_spoken or ask else self._find_spoken(messages, text))
+
+    def _find_spoken(self, messages: Sequence[Message], text: str) -> tuple[tuple[int, int], ...]:
+        """An answer is what the text has gained with it since the assistant was asked."""
+        spoken = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before, _ = self._process.render(messages[:number], True)
+            after, _ = self._process.render(messages[: number + 1], False)
+            if not (after.startswith(before) and text.startswith(after)):
+                raise ValueError(
+                    "The chat template changes earlier turns when one is added, so what the assistant speaks cannot be"
+                    " told; put {% generation %} around it in the template."
+                )
+            spoken.append((len(before), len(after)))
+        return tuple(spoken)
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raise `ValueError` where there is no turn, a role is unknown, or a system turn is not the first."""
+    if not messages:
+        raise ValueError("A conversation needs at least one message.")
+    for number, message in enumerate(messages):
+        if message["role"] not in ROLES:
+            raise ValueError(f"The role {message['role']!r} is unknown; roles are {', '.join(ROLES)}.")
+        if message["role"] == "system" and number:
+            raise ValueError("A system message can only be the first, and there can be one.")
+
+
+def encode(tokenizer: Tokenizer, rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
+    """Return a rendered conversation's ids, and for each whether the assistant speaks it (bool).
+
+    Special tokens in the text are those tokens here, as they are to `transformers`. Raises `ValueError` on lone
+    surrogates.
+    """
+    special = {END_OF_TEXT: tokenizer.end_of_text}
+    pieces = re.split(f"({'|'.join(map(re.escape, special))})", rendered.text)
+    encoded = iter(tokenizer.encode_all([piece for piece in pieces if piece and piece not in special]))
+    ids, sizes = [], []
+    for piece in pieces:
+        if piece in special:
+            ids.append(np.array([special[piece]], tokenizer.dtype))
+            sizes.append(np.array([len(piece.encode())]))
+        elif piece:
+            ids.append(next(encoded))
+            sizes.append(tokenizer.byte_lengths[ids[-1]])
+    if not ids:
+        return np.zeros(0, tokenizer.dtype), np.zeros(0, bool)
+    joined = np.concatenate(ids)
+    ends = np.cumsum(np.concatenate(sizes))  # of each token, in bytes of the text
+    spoken = np.zeros(len(joined), bool)
+    position = reached = 0
+    for start, stop in rendered.spoken:
+        if start == stop:
+            continue
+        first_byte = position + len(rendered.text[reached:start].encode())
+        position, reached = first_byte + len(rendered.text[start:stop].encode()), stop
+        # A token that is partly the assistant's is the assistant's.
+        first, last = np.searchsorted(ends, (first_byte, position - 1), side="right")
+        spoken[first : last + 1] = True
+    return joined, spoken

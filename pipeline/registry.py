@@ -75,6 +75,10 @@ class LoadedVersion:
     num_parameters: int
 
 
+class VersionRefused(ValueError):
+    """A version is not what the registry says, or gives no answer: loading it again would find the same."""
+
+
 def resolve(name: str, selector: str) -> VersionRecord:
     """Ask the registry which version `selector` (an alias or a number) means now.
 
@@ -151,12 +155,12 @@ def probe_windows(tokenizer: Tokenizer, context_length: int) -> Iterator[list[in
 
 
 def check_probe(record: VersionRecord, measured: float, tolerance: float) -> None:
-    """Raise `ValueError` where the measured bits per byte are not near what the registry says."""
+    """Raise `VersionRefused` where the measured bits per byte are not near what the registry says."""
     if not math.isfinite(measured):
-        raise ValueError(f"version {record.version} gives {measured} bits per byte on the probe text")
+        raise VersionRefused(f"version {record.version} gives {measured} bits per byte on the probe text")
     expected = record.probe_bits_per_byte
     if expected is not None and abs(measured - expected) > tolerance * expected:
-        raise ValueError(
+        raise VersionRefused(
             f"version {record.version} gives {measured:.3f} bits per byte on the probe text,"
             f" the registry says {expected:.3f}"
         )

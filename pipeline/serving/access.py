@@ -14,7 +14,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,21 @@ class ApiKey:
 
 
 def read_keys(environment: Mapping[str, str] = os.environ) -> tuple[ApiKey, ...]:
-    """Read the keys that the environment names; raises `ValueError` without ever showing one."""
+    """Read the keys that the environment names; raises `ValueError` without ever showing one.
+
+    Several keys may have one name, such as a person's; each has limits of its own.
+    """
     plain = [key.strip() for key in environment.get(KEYS_VARIABLE, "").split(",") if key.strip()]
     keys = [ApiKey(f"key-{index + 1}", hash_key(key)) for index, key in enumerate(plain)]
     path = environment.get(KEYS_FILE_VARIABLE)
     if path:
         keys += _read_key_file(Path(path))
-    return tuple(keys)
+    found: dict[str, ApiKey] = {}
+    for key in keys:
+        first = found.setdefault(key.sha256, key)
+        if replace(first, name=key.name) != key:
+            raise ValueError(f"The keys {first.name!r} and {key.name!r} are one key with two limits; remove one.")
+    return tuple(found.values())
 
 
 def hash_key(key: str) -> str:
@@ -107,22 +115,29 @@ class Access:
     def __init__(self, keys: tuple[ApiKey, ...], *, open_access: bool) -> None:
         self._keys = keys
         self._open = open_access
-        self._requests = {key.name: Allowance(key.requests_per_minute) for key in keys}
-        self._tokens = {key.name: Allowance(key.tokens_per_minute) for key in keys}
+        self._requests = {key.sha256: Allowance(key.requests_per_minute) for key in keys}
+        self._tokens = {key.sha256: Allowance(key.tokens_per_minute) for key in keys}
 
     def share_among(self, replicas: int) -> None:
         """Take this replica's even part of every limit: requests reach the replicas evenly."""
         for key in self._keys:
-            self._requests[key.name].per_minute = key.requests_per_minute / replicas
-            self._tokens[key.name].per_minute = key.tokens_per_minute / replicas
+            self._requests[key.sha256].per_minute = key.requests_per_minute / replicas
+            self._tokens[key.sha256].per_minute = key.tokens_per_minute / replicas
 
     def admit(self, authorization: str | None, client: str | None, host: str | None) -> ApiKey | None:
         """Return the key of a request; raises `ApiError` 401 or 403 where it may not ask."""
         if not self._keys:
-            if not self._open and not (is_local_host(client) and is_local_name(host)):
+            if not self._open and not is_local_host(client):
                 raise ApiError(
                     403,
                     "This server has no API keys and so answers its own machine only; set SERVE_API_KEYS.",
+                    code="no_keys_configured",
+                )
+            if not self._open and not is_local_name(host):
+                raise ApiError(
+                    403,
+                    f"This server has no API keys and so answers to its own machine's names only, such as localhost;"
+                    f" {(host or '')[:100]!r} is none of them. Use localhost, or set SERVE_API_KEYS.",
                     code="no_keys_configured",
                 )
             return None
@@ -141,8 +156,8 @@ class Access:
         if key is None:
             return
         waits = {
-            "requests": self._requests[key.name].seconds_until(1),
-            "tokens": self._tokens[key.name].seconds_until(tokens),
+            "requests": self._requests[key.sha256].seconds_until(1),
+            "tokens": self._tokens[key.sha256].seconds_until(tokens),
         }
         kind, wait = max(waits.items(), key=lambda item: item[1])
         if wait > 0:
@@ -153,28 +168,31 @@ class Access:
                 code="rate_limit_exceeded",
                 retry_after=math.ceil(wait),
             )
-        self._requests[key.name].take(1)
-        self._tokens[key.name].take(tokens)
+        self._requests[key.sha256].take(1)
+        self._tokens[key.sha256].take(tokens)
 
     def settle(self, key: ApiKey | None, reserved: int, used: int) -> None:
         """Give back the tokens that a request reserved and did not use."""
         if key is not None:
-            self._tokens[key.name].take(used - reserved)
+            self._tokens[key.sha256].take(used - reserved)
 
 
 def is_local_host(address: str | None) -> bool:
     """Whether an address is this machine's own loopback."""
-    if address == "localhost":
-        return True
     try:
-        return ipaddress.ip_address((address or "").strip("[]")).is_loopback
+        found = ipaddress.ip_address((address or "").strip("[]"))
     except ValueError:
-        return False
+        # Names know no case, and end in the root's dot where somebody wrote it.
+        return (address or "").lower().removesuffix(".") == "localhost"
+    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
 def is_local_name(host: str | None) -> bool:
-    """Whether a Host header names this machine: another name means that a web page elsewhere is asking."""
+    """Whether a Host header names this machine: another name means that a web page elsewhere is asking.
+
+    0.0.0.0 and [::] lead to this machine too, for a client that is on it.
+    """
     if not host:
         return True
     name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
-    return is_local_host(name)
+    return name in ("0.0.0.0", "[::]") or is_local_host(name)

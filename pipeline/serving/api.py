@@ -10,15 +10,13 @@ from typing import Any
 
 import fastapi_swagger
 from fastapi import FastAPI, Request
-from fastapi import HTTPException as BodyTooLarge
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipeline.serving.completion import Service, check_tokens, complete, encode
+from pipeline.serving.completion import SHORT_TEXT_CHARACTERS, Service, check_tokens, complete, encode
 from pipeline.serving.errors import ApiError, EngineDied, Overloaded, as_api_error, error_body
+from pipeline.serving.gate import Gate
 from pipeline.serving.protocol import (
     Completion,
     CompletionRequest,
@@ -31,7 +29,6 @@ from pipeline.serving.protocol import (
     TokenizeRequest,
     describe_validation,
 )
-from pipeline.serving.versions import ServedModels
 
 PAGE = Path(__file__).with_name("page.html")
 
@@ -83,7 +80,9 @@ def build_api(service: Service) -> FastAPI:
         """Text to token ids."""
         model_id, version = service.models.find(body.model)
         service.access.start(request.scope["api_key"], 0)
-        tokens = await encode(version.loaded.tokenizer, body.text, "text")
+        tokens = await encode(
+            version.loaded.tokenizer, body.text, "text", in_thread=len(body.text) > SHORT_TEXT_CHARACTERS
+        )
         return JSONResponse({"model": model_id, "tokens": tokens, "count": len(tokens)}, headers=version.headers)
 
     @app.post("/v1/detokenize", response_model=DetokenizeAnswer)
@@ -103,7 +102,7 @@ def build_api(service: Service) -> FastAPI:
     @app.get("/readyz", response_class=PlainTextResponse)
     async def readyz() -> str:
         """The models are loaded and work."""
-        check_engines(service.models)
+        service.models.check()
         return "ready"
 
     @app.get("/metrics", response_class=PlainTextResponse)
@@ -131,13 +130,6 @@ PAGE_HEADERS = {
 # -- errors --
 
 
-def check_engines(models: ServedModels) -> None:
-    try:
-        models.check()
-    except EngineDied as error:
-        raise as_api_error(error) from None
-
-
 async def answer_error(request: Request, error: Exception) -> Response:
     failure = as_api_error(error)
     return JSONResponse(failure.body, status_code=failure.status, headers=failure.headers)
@@ -162,56 +154,3 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
     # FastAPI's own 400: JSON that no parser can hold, such as a hundred thousand brackets.
     message = sentences.get(error.status_code, str(error.detail))
     return JSONResponse(error_body(error.status_code, message), status_code=error.status_code, headers=error.headers)
-
-
-# -- what stands before every endpoint --
-
-
-class Gate:
-    """Decides who may ask, refuses bodies over the limit while they arrive, and counts every answer."""
-
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app = app
-        self._service = service
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        limit = self._service.max_body_bytes
-        status = 0
-        seen_bytes = 0
-        too_large = BodyTooLarge(413, f"The body is over the limit of {limit} bytes.")
-
-        async def count_status(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        async def limited_receive() -> Message:
-            nonlocal seen_bytes
-            message = await receive()
-            seen_bytes += len(message.get("body", b""))
-            if seen_bytes > limit:
-                raise too_large  # inside FastAPI, which lets its own kind through
-            return message
-
-        headers = Headers(scope=scope)
-        declared = headers.get("content-length", "")
-        try:
-            if scope["path"].startswith("/v1/"):
-                client = scope["client"][0] if scope.get("client") else None
-                authorization, host = headers.get("authorization"), headers.get("host")
-                scope["api_key"] = self._service.access.admit(authorization, client, host)
-            if declared.isdigit() and int(declared[:20]) > limit:
-                raise ApiError(413, too_large.detail)
-            await self._app(scope, limited_receive, count_status)
-        except ApiError as error:
-            if status:
-                raise
-            answer = JSONResponse(error.body, status_code=error.status, headers=error.headers)
-            await answer(scope, receive, count_status)
-        finally:
-            route = getattr(scope.get("route"), "path", "other")  # not the path: anybody can invent those
-            self._service.metrics.requests.labels(route, str(status or 499)).inc()

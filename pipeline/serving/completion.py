@@ -5,28 +5,33 @@ import codecs
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from functools import cache, partial
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from model.sampling import TokenLogprob
 from model.sequence import Chunk, GenerationRequest
 from model.tokenizer import Tokenizer
 from pipeline.serving.access import Access, ApiKey
+from pipeline.serving.backend import most_tokens
 from pipeline.serving.errors import ApiError, as_api_error
 from pipeline.serving.metrics import ServingMetrics
 from pipeline.serving.protocol import CompletionRequest
 from pipeline.serving.versions import LiveVersion, ServedModels
 
-MAX_PROMPTS = 128
 DEFAULT_MAX_TOKENS = 16
+SHORT_TEXT_CHARACTERS = 10_000  # tokenized on the event loop in a few milliseconds
 # Events of one stream are at least this far apart per stream in flight: a write costs the server about 1 ms
 # whatever it carries, so beside 31 others a stream gets its tokens in lots, about 8 times a second.
 WRITE_SPACING_SECONDS = 0.004
+
+
+Result = TypeVar("Result")
 
 
 class Service(Protocol):
@@ -60,8 +65,7 @@ class CheckedRequest:
     @property
     def reserved_tokens(self) -> int:
         """What it may cost its key at most."""
-        generated = sum(each.settings.max_tokens * each.settings.num_candidates for each in self.requests)
-        return sum(map(len, self.prompts)) + generated
+        return sum(map(len, self.prompts)) + sum(map(most_tokens, self.requests))
 
 
 async def complete(service: Service, body: CompletionRequest, request: Request) -> Response:
@@ -77,20 +81,36 @@ async def complete(service: Service, body: CompletionRequest, request: Request) 
         raise
     try:
         if not body.stream:
-            return JSONResponse(await unless_left(request, answer.whole()), headers=asked.version.headers)
+            whole = await unless_left(request, answer.whole())
+            return Response(whole, media_type="application/json", headers=asked.version.headers)
         # The first tokens are awaited here, so that what goes wrong before them still has a status of its own.
-        first = await answer.read()
+        first = await unless_left(request, answer.read())
         headers = asked.version.headers | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(answer.events(first), media_type="text/event-stream", headers=headers)
-    except ValueError as error:  # what only the engine could know
-        answer.close(400)
-        raise ApiError(400, str(error)) from None
-    except BaseException:
+        return AnswerStream(answer, first, headers)
+    except Exception as error:
+        failure = as_api_error(error)  # a ValueError is what only the backend could know
+        answer.close(failure.status)
+        raise failure from None
+    except BaseException:  # the server ends the request, because its client has gone away
         answer.close(499)
         raise
 
 
-async def unless_left(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+class AnswerStream(StreamingResponse):
+    """A stream of events whose answer is closed even where the client left before the first event was asked for."""
+
+    def __init__(self, answer: "Answer", first: list[dict[str, Any]], headers: Mapping[str, str]) -> None:
+        super().__init__(answer.events(first), media_type="text/event-stream", headers=headers)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.close(499)  # nothing, where the events came to their end
+
+
+async def unless_left(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
     """Do the work, or drop it when the client goes away; nobody reads the error that this raises then."""
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
     try:
@@ -107,49 +127,49 @@ async def check(service: Service, body: CompletionRequest, began: float) -> Chec
     """Turn a body into engine requests; raises `ApiError` for what cannot be answered."""
     body.check()
     model_id, version = service.models.find(body.model)
-    prompts = await read_prompts(body, version)
-    if len(prompts) > MAX_PROMPTS:
-        raise ApiError(400, f"A request may hold at most {MAX_PROMPTS} prompts.", param="prompt")
+    tokenizer, context_length = version.loaded.tokenizer, version.loaded.context_length
+    settings_for = cache(partial(body.sampling, vocab_size=tokenizer.vocab_size, end_of_text=tokenizer.end_of_text))
+    settings_for(1)  # what is wrong with it is known before a prompt is tokenized
     request_id = uuid.uuid4().hex
-    requests = []
-    for number, prompt in enumerate(prompts):
-        max_tokens = choose_max_tokens(body, len(prompt), version.loaded.context_length)
-        tokenizer = version.loaded.tokenizer
-        settings = body.sampling(max_tokens, tokenizer.vocab_size, tokenizer.end_of_text)
-        deadline = began + service.deadline_seconds
-        requests.append(GenerationRequest(f"{request_id}-{number}", prompt, settings, deadline))
+    deadline = began + service.deadline_seconds
+    prompts: list[list[int]] = []
+    requests: list[GenerationRequest] = []
+    async for prompt in read_prompts(body, version):
+        settings = settings_for(choose_max_tokens(body, len(prompt), context_length))
+        requests.append(GenerationRequest(f"{request_id}-{len(prompts)}", prompt, settings, deadline))
+        prompts.append(prompt)
     return CheckedRequest(body, model_id, version, prompts, requests, request_id, began)
 
 
-async def read_prompts(body: CompletionRequest, version: LiveVersion) -> list[list[int]]:
-    """The token ids of every prompt, each checked and no longer than the context."""
+async def read_prompts(body: CompletionRequest, version: LiveVersion) -> AsyncIterator[list[int]]:
+    """Yield the token ids of one prompt after the other; whoever finds one too long spares the work on the rest."""
     given: Any = body.prompt
     if isinstance(given, str) or (given and isinstance(given[0], int)):
         given = [given]
     if not given:
         raise ApiError(400, "prompt is an empty array.", param="prompt")
     loaded = version.loaded
-    prompts = []
+    total_characters = sum(len(prompt) for prompt in given if isinstance(prompt, str))
     for prompt in given:
         if isinstance(prompt, str):
-            tokens = await encode_prompt(body, version, prompt)
+            text = shorten(body, version, prompt)
+            tokens = await encode(loaded.tokenizer, text, "prompt", in_thread=total_characters > SHORT_TEXT_CHARACTERS)
         else:
             check_tokens(prompt, version, "prompt")
-            tokens = list(prompt)
+            tokens = prompt
         # An empty prompt asks for the start of a document, which is what follows the end of another.
-        prompts.append(truncate(body, tokens or [loaded.tokenizer.end_of_text], loaded.context_length))
-    return prompts
+        yield truncate(body, tokens or [loaded.tokenizer.end_of_text], loaded.context_length)
 
 
-async def encode_prompt(body: CompletionRequest, version: LiveVersion, text: str) -> list[int]:
-    """Tokenize a prompt; one that is too long by any count is refused, or cut, before any work is done on it."""
+def shorten(body: CompletionRequest, version: LiveVersion, text: str) -> str:
+    """Return the part of a prompt that may count: one that is too long by any count is cut, or refused, unread."""
     loaded = version.loaded
     longest = loaded.context_length * int(loaded.tokenizer.byte_lengths.max())
-    if len(text) > longest:
-        if body.truncate_prompt_tokens is None:
-            raise too_long(f"over {loaded.context_length}", loaded.context_length)
-        text = text[-longest:]
-    return await encode(loaded.tokenizer, text, "prompt")
+    if len(text) <= longest:
+        return text
+    if body.truncate_prompt_tokens is None:
+        raise too_long(f"over {loaded.context_length}", loaded.context_length)
+    return text[-longest:]
 
 
 def truncate(body: CompletionRequest, tokens: list[int], context_length: int) -> list[int]:
@@ -192,15 +212,15 @@ def too_long(tokens: str, context_length: int) -> ApiError:
 
 def check_tokens(tokens: list[int], version: LiveVersion, param: str) -> None:
     vocab_size = version.loaded.tokenizer.vocab_size
-    wrong = next((token for token in tokens if token >= vocab_size), None)
-    if wrong is not None:
-        raise ApiError(400, f"{param} holds token {wrong}; token ids go from 0 to {vocab_size - 1}.", param=param)
+    if tokens and max(tokens) >= vocab_size:
+        message = f"{param} holds token {max(tokens)}; token ids go from 0 to {vocab_size - 1}."
+        raise ApiError(400, message, param=param)
 
 
-async def encode(tokenizer: Tokenizer, text: str, param: str) -> list[int]:
-    """Tokenize, long texts off the event loop."""
+async def encode(tokenizer: Tokenizer, text: str, param: str, *, in_thread: bool) -> list[int]:
+    """Tokenize; long texts want a thread, where they do not hold up the event loop."""
     try:
-        if len(text) < 10_000:
+        if not in_thread:
             return tokenizer.encode(text).tolist()
         return await asyncio.to_thread(lambda: tokenizer.encode(text).tolist())
     except ValueError as error:
@@ -224,12 +244,13 @@ class Answer:
         self._prompt_numbers = {each.request_id: number for number, each in enumerate(asked.requests)}
         self._ticket = asked.version.backend.submit(asked.requests)
         self._offsets: dict[int, TextOffsets] = {}  # by choice
+        self._name = cache(partial(name_token, asked.tokenizer))
         self._generated = 0
         self._first_token_at = 0.0
         self._closed = False
 
-    async def whole(self) -> dict[str, Any]:
-        """Wait for all of it, and return the body."""
+    async def whole(self) -> bytes:
+        """Wait for all of it, and return the body as JSON."""
         texts: dict[int, list[str]] = {}
         logprobs: dict[int, dict[str, list[Any]]] = {}
         reasons: dict[int, str] = {}
@@ -240,12 +261,14 @@ class Answer:
                 for name, values in (piece["logprobs"] or {}).items():
                     logprobs.setdefault(index, {}).setdefault(name, []).extend(values)
                 reasons[index] = piece["finish_reason"]
-        choices = [
-            {"index": index, "text": "".join(text), "logprobs": logprobs.get(index), "finish_reason": reasons[index]}
-            for index, text in sorted(texts.items())
-        ]
+        choices = []
+        for index, text in sorted(texts.items()):
+            found = {"index": index, "text": "".join(text), "logprobs": logprobs.get(index)}
+            choices.append(_json(found | {"finish_reason": reasons[index]}))
+            await asyncio.sleep(0)  # twenty log-probabilities for each of a thousand tokens take a while to write
         self.close(200)
-        return self._frame | {"choices": choices, "usage": self.usage}
+        rest = _json(self._frame | {"usage": self.usage})
+        return f'{rest[:-1]},"choices":[{",".join(choices)}]}}'.encode()
 
     async def events(self, pieces: list[dict[str, Any]]) -> AsyncIterator[str]:
         """Server-sent events from the first pieces on, each with all tokens that came since the one before."""
@@ -294,14 +317,23 @@ class Answer:
         if chunk.is_prompt or not scoring:
             piece["text"] += chunk.text
             if body.logprobs is not None and chunk.logprobs is not None:
-                offsets = self._offsets.setdefault(index, TextOffsets(self._asked.tokenizer))
-                found = format_logprobs(chunk.logprobs, body.logprobs, offsets)
+                offsets = self._offsets_of(index)
+                found = format_logprobs(chunk.logprobs, body.logprobs, self._name, offsets)
                 if piece["logprobs"] is None:
                     piece["logprobs"] = found
                 else:
                     for name, values in found.items():
                         piece["logprobs"][name] += values
         piece["finish_reason"] = "length" if scoring and chunk.finish_reason else chunk.finish_reason
+
+    def _offsets_of(self, index: int) -> "TextOffsets":
+        """Count one choice's characters, as OpenAI does, from the start of its prompt, echoed or not."""
+        if index not in self._offsets:
+            found = self._offsets[index] = TextOffsets(self._asked.tokenizer)
+            if not self._asked.body.echo:
+                for token in self._asked.prompts[index // self._asked.body.num_choices]:
+                    found.advance(token)
+        return self._offsets[index]
 
     @property
     def usage(self) -> dict[str, int]:
@@ -345,9 +377,10 @@ class TextOffsets:
         return start
 
 
-def format_logprobs(found: list[TokenLogprob], num_top: int, offsets: TextOffsets) -> dict[str, list[Any]]:
+def format_logprobs(
+    found: list[TokenLogprob], num_top: int, name: Callable[[int], str], offsets: TextOffsets
+) -> dict[str, list[Any]]:
     """OpenAI's four parallel lists for some tokens in a row."""
-    name = partial(name_token, offsets.tokenizer)
     return {
         "tokens": [name(each.token) for each in found],
         "token_logprobs": [each.logprob for each in found],
@@ -371,4 +404,13 @@ def name_token(tokenizer: Tokenizer, token: int) -> str:
 
 
 def _event(body: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    """One server-sent event. Some clients end lines at every character that Python does, and JSON leaves three of them
+    as they are."""
+    text = _json(body)
+    for character in "\x85\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return f"data: {text}\n\n"
+
+
+def _json(body: Mapping[str, Any]) -> str:
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":"))

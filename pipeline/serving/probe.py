@@ -7,7 +7,7 @@ from model.sampling import SamplingSettings
 from model.scoring import bits_per_byte
 from model.sequence import GenerationRequest
 from model.tokenizer import Tokenizer
-from pipeline.registry import PROBE_TEXT, probe_windows
+from pipeline.registry import PROBE_TEXT, VersionRefused, probe_windows
 from pipeline.serving.backend import Backend
 
 ANSWER_SECONDS = 120.0  # for four tokens that nothing else competes with
@@ -25,7 +25,7 @@ async def measure_served_probe(backend: Backend, tokenizer: Tokenizer, context_l
 
 
 async def check_answers(backend: Backend, tokenizer: Tokenizer) -> None:
-    """Have a few words completed; raises `ValueError` if nothing comes of it."""
+    """Have a few words completed; raises `VersionRefused` if nothing comes of it."""
     settings = SamplingSettings(max_tokens=4, temperature=0.0)
     request = GenerationRequest(f"probe-{uuid.uuid4().hex}", tokenizer.encode("The ").tolist(), settings)
     ticket = backend.submit([request])
@@ -34,8 +34,8 @@ async def check_answers(backend: Backend, tokenizer: Tokenizer) -> None:
             while chunks := await ticket.read():
                 for chunk in chunks:
                     if chunk.finish_reason not in (None, "stop", "length"):
-                        raise ValueError(f"it does not answer ({chunk.finish_reason}: {chunk.error})")
+                        raise VersionRefused(f"it does not answer ({chunk.finish_reason}: {chunk.error})")
     except TimeoutError:
-        raise ValueError(f"it does not answer within {ANSWER_SECONDS:.0f} s") from None
+        raise VersionRefused(f"it does not answer within {ANSWER_SECONDS:.0f} s") from None
     finally:
         backend.leave(ticket)

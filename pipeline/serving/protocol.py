@@ -1,15 +1,36 @@
 """What travels over HTTP: OpenAI's completions as strict schemas, and its answers.
 
 Nothing here knows an engine or a server. A field OpenAI does not have is marked as ours.
+
+What a request may cost before it is refused or taken is bounded, because all requests share one event loop:
+
+    to read the body       gate.py: its bytes, and the values in it, before it is parsed (40 ms at most)
+    fields of no name      the first one refuses the request
+    prompt                 one pass over it that stops at the first fault; 128 prompts at most; texts longer than the
+                           context by any count are refused unread, and over 10,000 characters are tokenized in a
+                           thread, which stops at the first prompt that does not fit
+    logit_bias             1,024 entries, read once for all prompts
+    stop, stop_token_ids   16 of 256 characters; 256
+    tokens (detokenize)    one pass that stops at the first fault
+    model, user            256 characters
+    the other fields       a number or a truth value
+
+And what it may cost once it is taken:
+
+    n, best_of, num_beams  16 each; times prompts, no more sequences than run and wait at once (429 or 400)
+    max_tokens             the context
+    logprobs               20 for each token of the answer, and with echo of the prompt
+    time                   serve.deadline_seconds, whatever the work
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from model.sampling import SamplingSettings
 from pipeline.serving.errors import ApiError
 
+MAX_PROMPTS = 128
 TOKEN_LIMIT = 1 << 32  # above every vocabulary: a number that is no token id at all
 Number = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=TOKEN_LIMIT)]
@@ -20,6 +41,66 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_unknown_fields(cls, given: Any) -> Any:
+        """Name the first unknown field; pydantic would describe a hundred thousand of them one by one."""
+        unknown = next((name for name in given if name not in cls.model_fields), None) if type(given) is dict else None
+        if unknown is not None:
+            raise ApiError(400, f"There is no field {str(unknown)[:100]!r} here.", param=str(unknown)[:100])
+        return given
+
+
+def check_token_ids(given: Any, param: str) -> list[int]:
+    """Return what is a list of numbers that could be token ids; raises `ApiError` for anything else."""
+    if type(given) is not list or not {type(each) for each in given} <= {int}:
+        raise ApiError(400, f"{param} must be an array of token ids.", param=param)
+    if given and not 0 <= min(given) <= max(given) < TOKEN_LIMIT:
+        raise ApiError(400, f"{param} holds a number that is not a token id.", param=param)
+    return given
+
+
+def check_text(given: str, param: str) -> str:
+    """Return a string that is text; raises `ApiError` where it holds half of a surrogate pair."""
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, f"{param} holds half of a surrogate pair, which is not text.", param=param) from None
+    return given
+
+
+def check_prompt(given: Any) -> Any:
+    """Return a prompt of one of its four kinds; raises `ApiError` for anything else.
+
+    pydantic would try each kind on every element, and describe each failure: a minute for a body of 4 MB.
+    """
+    if type(given) is str:
+        return check_text(given, "prompt")
+    kinds = {type(each) for each in given} if type(given) is list else {None}
+    if kinds <= {int}:
+        return check_token_ids(given, "prompt")
+    texts_or_lists = kinds in ({str}, {list})
+    if not texts_or_lists or (kinds == {list} and any({type(token) for token in each} - {int} for each in given)):
+        raise ApiError(
+            400,
+            "prompt must be a string, an array of strings, an array of token ids or an array of such arrays.",
+            param="prompt",
+        )
+    if len(given) > MAX_PROMPTS:
+        raise ApiError(400, f"A request may hold at most {MAX_PROMPTS} prompts.", param="prompt")
+    for each in given:
+        check_text(each, "prompt") if type(each) is str else check_token_ids(each, "prompt")
+    return given
+
+
+Prompt = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    PlainValidator(check_prompt, json_schema_input_type=str | list[str] | list[TokenId] | list[list[TokenId]]),
+]
+Tokens = Annotated[
+    list[int], PlainValidator(lambda given: check_token_ids(given, "tokens"), json_schema_input_type=list[TokenId])
+]
+
 
 class StreamOptions(Strict):
     include_usage: bool | None = Field(None, description="send the usage in a last chunk, with no choices")
@@ -29,9 +110,7 @@ class CompletionRequest(Strict):
     """The body of POST /v1/completions; null means the default."""
 
     model: str | None = Field(None, description="an id of /v1/models; the first one if absent", max_length=256)
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(
-        "", description="text or token ids, one prompt or several; empty: the start of a document"
-    )
+    prompt: Prompt = Field("", description="text or token ids, one prompt or several; empty: the start of a document")
     best_of: int | None = Field(None, ge=1, le=16, description="sample this many, return the n likeliest")
     echo: bool | None = Field(None, description="return the prompt too, with its log-probabilities if asked")
     frequency_penalty: Number | None = Field(None, ge=-2, le=2)
@@ -46,7 +125,7 @@ class CompletionRequest(Strict):
     stop: str | Annotated[list[str], Field(max_length=16)] | None = Field(None, description="strings that end the text")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    suffix: None = Field(None, description="not supported: must be null")
+    suffix: str | None = Field(None, description="not supported: must be null or empty")
     temperature: Number | None = Field(None, ge=0, le=10)
     top_p: Number | None = Field(None, gt=0, le=1)
     user: str | None = Field(None, max_length=256, description="ignored")
@@ -74,6 +153,8 @@ class CompletionRequest(Strict):
             raise ApiError(400, f"best_of ({self.best_of}) cannot be below n ({self.num_choices}).", param="best_of")
         if self.stream and self.best_of is not None and self.best_of > self.num_choices:
             raise ApiError(400, "best_of cannot be streamed; set stream to false.", param="best_of")
+        if self.suffix:
+            raise ApiError(400, "suffix is not supported: this model cannot fill in; leave it out.", param="suffix")
         if self.max_tokens == 0 and not self.echo:
             raise ApiError(400, "max_tokens must be at least 1 (0 only with echo).", param="max_tokens")
         for text in [self.stop] if isinstance(self.stop, str) else self.stop or []:
@@ -135,7 +216,7 @@ class DetokenizeRequest(Strict):
     """The body of POST /v1/detokenize."""
 
     model: str | None = Field(None, max_length=256)
-    tokens: list[TokenId]
+    tokens: Tokens
 
 
 class TokenizeAnswer(BaseModel):
@@ -235,16 +316,8 @@ def describe_validation(errors: list[dict[str, Any]]) -> tuple[str, str | None]:
         if error["type"] == "missing":
             return "The request has no body; send a JSON object.", None
         return "The body must be a JSON object.", None
-    if error["type"] == "extra_forbidden":
-        return f"There is no field {place[-1]!r} here.", param
     if error["type"] == "missing":
         return f"The field {param!r} is missing.", param
-    if param == "prompt":
-        if any("greater_than" in each["type"] or "less_than" in each["type"] for each in errors):
-            return "prompt holds a number that is not a token id.", param
-        if any(each["type"] == "string_unicode" for each in errors):
-            return "prompt holds half of a surrogate pair, which is not text.", param
-        return "prompt must be a string, an array of strings, an array of token ids or an array of such arrays.", param
     if error["type"] == "string_unicode":
         return f"{param} holds half of a surrogate pair, which is not text.", param
     message = str(error["msg"])

@@ -5,6 +5,7 @@ probed. If it passes, new requests go to it, while the old one finishes what it 
 """
 
 import asyncio
+import gc
 import logging
 import tempfile
 import time
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 
 from model.gpt import GPT
-from pipeline import registry
-from pipeline.registry import LoadedVersion, VersionRecord
+from pipeline import registry, tracking
+from pipeline.registry import LoadedVersion, VersionRecord, VersionRefused
 from pipeline.serving.backend import Backend, StartBackend
 from pipeline.serving.errors import ApiError, EngineDied
 from pipeline.serving.metrics import ServingMetrics
@@ -25,6 +26,9 @@ from pipeline.serving.probe import check_answers, measure_served_probe
 from pipeline.serving.protocol import ModelAnswer
 
 logger = logging.getLogger("ray.serve")
+
+RETRY_SECONDS = 10.0  # after the first failure to bring a version up; twice as long after each further one
+LONGEST_RETRY_SECONDS = 600.0
 
 
 @dataclass
@@ -66,6 +70,13 @@ class Seat:
     version: LiveVersion
     swap_error: str | None = None
     refused: str = ""  # the version that failed its probe: not tried again until the alias moves
+    failed: str = ""  # the version that could not be brought up, perhaps for a reason that passes
+    failures: int = 0  # so often in a row
+    retry_at: float = 0.0  # on the clock of time.monotonic()
+
+    def forgive(self) -> None:
+        """Forget what went wrong."""
+        self.swap_error, self.refused, self.failed, self.failures, self.retry_at = None, "", "", 0, 0.0
 
 
 class ServedModels:
@@ -97,6 +108,7 @@ class ServedModels:
         for selector in self.selectors:
             record = await asyncio.to_thread(registry.resolve, self.name, selector)
             self._seats[selector] = Seat(selector, self._seated(record) or await self._bring_up(record))
+        settle_memory()
 
     @property
     def versions(self) -> list[LiveVersion]:
@@ -144,20 +156,31 @@ class ServedModels:
             logger.warning("The registry does not say what %s is now: %s", self.model_id(seat.selector), error)
             return
         if record.version == seat.version.record.version:
-            seat.swap_error, seat.refused = None, ""
+            seat.forgive()
             return
-        if record.version == seat.refused:
+        if record.version == seat.refused or (record.version == seat.failed and time.monotonic() < seat.retry_at):
             return
         old = seat.version
         try:
             seat.version = self._seated(record) or await self._bring_up(record)
-        except Exception as error:  # a damaged version must not take the working one down
+        except VersionRefused as error:  # it must not take the working one down, now or later
+            seat.forgive()
             seat.refused = record.version
             seat.swap_error = f"Version {record.version} did not take over: {error}"
             self._metrics.swaps.labels("refused").inc()
             logger.error("%s Version %s goes on serving.", seat.swap_error, old.record.version)
             return
-        seat.swap_error, seat.refused = None, ""
+        except Exception as error:  # a download that breaks, a full disk: it may go well another time
+            failures = seat.failures + 1 if record.version == seat.failed else 1
+            seat.forgive()
+            seat.failed, seat.failures, wait = record.version, failures, retry_seconds(failures)
+            seat.retry_at = time.monotonic() + wait
+            reason = tracking.first_line(error).rstrip(".")
+            seat.swap_error = f"Version {record.version} could not be loaded ({reason}); next attempt in {wait:.0f} s"
+            self._metrics.swaps.labels("failed").inc()
+            logger.error("%s. Version %s goes on serving.", seat.swap_error, old.record.version)
+            return
+        seat.forgive()
         self._metrics.swaps.labels("done").inc()
         logger.info("%s is now version %s.", self.model_id(seat.selector), record.version)
         if old not in self.versions:
@@ -173,7 +196,11 @@ class ServedModels:
         return next((each for each in self.versions if each.record.version == record.version), None)
 
     async def _bring_up(self, record: VersionRecord) -> LiveVersion:
-        """Load, probe and start one version; raises if it does not answer or is not what the registry says."""
+        """Load, probe and start one version.
+
+        Raises `VersionRefused` if it does not answer or is not what the registry says, anything else if it could not
+        be fetched or loaded.
+        """
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="model-version-") as folder:
             checkpoint = await asyncio.to_thread(registry.download, record, Path(folder))
@@ -208,6 +235,8 @@ class ServedModels:
             await version.backend.close(self._drain_seconds)
         except EngineDied:
             logger.exception("Version %s had already stopped.", version.record.version)
+        del version
+        settle_memory()
 
     def _in_background(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -234,3 +263,19 @@ class ServedModels:
             probe_bits_per_byte_change=round(version.served_probe_bits_per_byte - version.probe_bits_per_byte, 5),
             last_swap_error=seat.swap_error,
         )
+
+
+def retry_seconds(failures: int) -> float:
+    """How long to wait after so many failures in a row."""
+    return min(LONGEST_RETRY_SECONDS, RETRY_SECONDS * 2.0 ** min(failures - 1, 30))
+
+
+def settle_memory() -> None:
+    """Collect what is garbage, and spare later collections what is not.
+
+    A replica's million objects (torch, MLflow, the web framework) stay for its whole life; a full collection looks at
+    each of them and holds the event loop for a third of a second, whenever some request happens to set it off.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()

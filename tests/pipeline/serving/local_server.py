@@ -78,9 +78,9 @@ class LocalServer:
             self._error = error
             self._started.set()
             return
-        app = build_api(self)
+        self.app = build_api(self)
         options: dict[str, Any] = {"log_level": "error", "access_log": False, "timeout_graceful_shutdown": 1}
-        self._server = uvicorn.Server(uvicorn.Config(app, lifespan="off", **options))
+        self._server = uvicorn.Server(uvicorn.Config(self.app, lifespan="off", **options))
         watcher = None
         if self._settings.watch_seconds:
             watcher = asyncio.create_task(self.models.watch(self._settings.watch_seconds))

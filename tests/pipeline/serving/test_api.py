@@ -123,6 +123,52 @@ def test_a_scored_prompt_never_ends_without_its_extra_token() -> None:
     assert CompletionRequest(**asked).sampling(1, 400, 399).logit_bias == {}
 
 
+def test_text_offsets_count_from_the_start_of_the_prompt(client: openai.OpenAI) -> None:
+    prompt = "Grüße, 你 a new"
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "prompt": [prompt, "x"],
+        "max_tokens": 5,
+        "logprobs": 0,
+        "seed": 1,
+        "n": 2,
+    }
+    alone = client.completions.create(**asked)
+    echoed = client.completions.create(**asked, echo=True)
+    for choice, whole in zip(alone.choices, echoed.choices, strict=True):
+        assert choice.logprobs is not None
+        assert whole.logprobs is not None
+        start = len(prompt if choice.index < 2 else "x")
+        assert (choice.logprobs.text_offset or [])[0] == start
+        assert choice.logprobs.text_offset == (whole.logprobs.text_offset or [])[-5:]
+        assert whole.text[start:] == choice.text
+    [streamed] = [
+        choice.logprobs.text_offset
+        for chunk in client.completions.create(**asked | {"prompt": prompt, "n": 1, "max_tokens": 1}, stream=True)
+        for choice in chunk.choices
+        if choice.logprobs is not None
+    ]
+    assert streamed == [len(prompt)]
+
+
+def test_suffix_may_be_empty_and_nothing_else(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "x", "max_tokens": 1}
+    assert client.completions.create(**asked, suffix="").choices
+    assert client.completions.create(**asked, suffix=None).choices
+    with pytest.raises(openai.BadRequestError, match="suffix is not supported"):
+        client.completions.create(**asked, suffix="y")
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/metrics", "/v1/models", "/docs", "/openapi.json"])
+def test_head_is_get_without_the_body(http: httpx.Client, path: str) -> None:
+    head, get = http.head(path), http.get(path)
+    assert head.status_code == get.status_code == 200
+    assert head.content == b""
+    assert head.headers["content-type"] == get.headers["content-type"]
+    assert http.head("/v1/models/none").status_code == 404
+    assert http.head("/healthz").status_code == 200, "the connection is still in order"
+
+
 def test_stop_strings_are_left_out(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "tiny", "prompt": "Return", "temperature": 0, "max_tokens": 30}
     text = client.completions.create(**asked).choices[0].text
@@ -204,7 +250,8 @@ BAD_BODIES: list[tuple[Any, str]] = [
     (b"[1]", "JSON object"),
     (b'"text"', "JSON object"),
     (b"\xff\xfe", "JSON"),
-    (b"[" * 100_000, "JSON"),
+    (b"[" * 10_000, "JSON"),
+    (b"[" * 100_000, "more values"),
     (b'{"prompt": "\\ud800"}', "surrogate"),
     (b'{"prompt": "x", "temperature": NaN}', "temperature"),
     (b'{"prompt": "x", "temperature": 1e999}', "temperature"),

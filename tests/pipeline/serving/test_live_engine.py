@@ -1,79 +1,25 @@
-"""Living with the endpoint: overload, clients that leave or read slowly, deadlines, keys, versions that change."""
+"""Living with the endpoint: overload, clients that leave or read slowly, deadlines, an engine that fails."""
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from pipeline.config import ServeConfig
-from pipeline.serving.access import Allowance, ApiKey, is_local_name, read_keys
+from pipeline.serving import completion
+from pipeline.serving.access import ApiKey
+from pipeline.serving.gate import Gate
+from tests.pipeline.serving.asking import CLIENT, LONG, Start, live_engine, post, slow_down, timed_post, until
 from tests.pipeline.serving.local_server import LocalServer
-from tests.pipeline.tiny_registry import TinyRegistry, make_registry
-
-Start = Callable[..., LocalServer]
-LONG = {"prompt": "Return", "max_tokens": 120, "logit_bias": {"399": -100}}  # 399 would end the text
-
-
-@pytest.fixture
-def start(tiny_registry: TinyRegistry) -> Iterator[Start]:
-    """Start servers with settings of a test's own."""
-    servers: list[LocalServer] = []
-
-    def begin(registry: TinyRegistry = tiny_registry, keys: tuple[ApiKey, ...] = (), **settings: Any) -> LocalServer:
-        defaults: dict[str, Any] = {"watch_seconds": 0, "threads": 1, "weights": "float32", "max_batch_size": 4}
-        servers.append(LocalServer(registry, ServeConfig(**defaults | settings), keys))
-        return servers[-1]
-
-    yield begin
-    for server in servers:
-        server.close()
-
-
-# One for all: making a client reads the certificates of the web, which takes longer than most requests here.
-CLIENT = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
-
-
-def post(server: LocalServer, body: dict[str, Any], **more: Any) -> httpx.Response:
-    return CLIENT.post(f"{server.url}/v1/completions", json=body, **more)
-
-
-def timed_post(server: LocalServer, body: dict[str, Any]) -> tuple[httpx.Response, float]:
-    began = time.monotonic()
-    return post(server, body), time.monotonic() - began
-
-
-def live_engine(server: LocalServer) -> Any:
-    return server.models.versions[0].backend
-
-
-def slow_down(server: LocalServer, seconds: float) -> None:
-    """Make every step of the engine take longer: a big model, as far as the API can tell."""
-    engine = live_engine(server).engine
-    step = engine.step
-
-    def slow_step() -> Any:
-        time.sleep(seconds)
-        return step()
-
-    engine.step = slow_step
-
-
-def until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "It did not happen in time."
-        time.sleep(0.005)
-
 
 # -- overload --
 
@@ -175,6 +121,54 @@ def test_leaving_a_whole_answer_too(start: Start) -> None:
     until(lambda: live_engine(server).stats().running == 0, seconds=3)
 
 
+Send = Callable[[dict[str, Any]], Any]
+
+
+async def ask_as_a_server(app: Any, body: dict[str, Any], receive: Callable[[], Any], send: Send, **more: Any) -> None:
+    """Call the application as a server of one's own would, to be in hand of when a client leaves."""
+    content: list[bytes] = [json.dumps(body).encode()]
+
+    async def receive_all() -> dict[str, Any]:
+        return {"type": "http.request", "body": content.pop()} if content else await receive()
+
+    headers = [(b"content-type", b"application/json"), (b"authorization", b"Bearer k")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+    await app(scope | {"client": ("127.0.0.1", 1), "http_version": "1.1"} | more, receive_all, send)
+
+
+@pytest.mark.parametrize("moment", ["before the first token", "while the headers are sent", "as the headers arrive"])
+def test_a_client_that_leaves_before_the_first_event_holds_nothing(start: Start, moment: str) -> None:
+    """The events' generator has not begun then, so nothing that it would do at its end is done."""
+    server = start(keys=(ApiKey("a", hashlib.sha256(b"k").hexdigest(), 0, 1000),))
+    slow_down(server, 0.02)
+    allowance = server.access._tokens[hashlib.sha256(b"k").hexdigest()]
+
+    async def ask() -> None:
+        headers_sent = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            if moment != "before the first token":
+                await headers_sent.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            headers_sent.set()
+            if moment == "as the headers arrive":
+                raise OSError("the connection is closed")
+            await asyncio.sleep(5)
+
+        version = "2.4" if moment == "as the headers arrive" else "2.0"
+        asked = LONG | {"stream": True, "max_tokens": 100}
+        with contextlib.suppress(Exception):
+            await ask_as_a_server(server.app, asked, receive, send, asgi={"version": "3.0", "spec_version": version})
+
+    server.call(asyncio.wait_for(ask(), 20))
+    assert not live_engine(server).tickets
+    until(lambda: live_engine(server).stats().running == 0, seconds=3)
+    assert allowance._level > 900, "what was reserved and not used is given back"
+    assert 'gpt_cancelled_requests_total{replica="local"} 1.0' in server.metrics.page()
+
+
 def test_slow_reader_holds_nobody_up(start: Start) -> None:
     server = start()
     sleepers = [open_stream(server, LONG | {"logprobs": 20}) for _ in range(3)]
@@ -224,135 +218,33 @@ def test_dead_engine_fails_requests_clearly(start: Start) -> None:
         server.models.check()
 
 
-# -- versions that change --
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_goes_wrong_here_is_not_counted_as_a_client_that_left(
+    start: Start, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    server = start()
+    monkeypatch.setattr(completion.Answer, "_take", lambda *_: {}["nothing"])
+    assert post(server, LONG | {"stream": stream}).status_code == 500
+    monkeypatch.undo()
+    live_engine(server).engine.step = lambda: {}["nothing"]
+    assert post(server, LONG | {"stream": stream}).status_code == 503
+    page = server.metrics.page()
+    assert 'gpt_requests_total{endpoint="/v1/completions",replica="local",status="500"} 1.0' in page
+    assert 'gpt_requests_total{endpoint="/v1/completions",replica="local",status="503"} 1.0' in page
+    assert "gpt_cancelled_requests_total{" not in page
+    assert 'status="499"' not in page
 
 
-@pytest.fixture(scope="module")
-def moving(tmp_path_factory: pytest.TempPathFactory) -> TinyRegistry:
-    """A registry with two good versions, and a third whose figures are not those of its weights."""
-    registry = make_registry(tmp_path_factory.mktemp("moving"))
-    registry.add_version(seed=1, alias="champion")
-    registry.add_version(seed=2)
-    registry.add_version(seed=3, probe_shift=1.0)
-    return registry
+def test_an_error_that_escapes_the_application_counts_as_500(start: Start) -> None:
+    server = start()
 
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        raise RuntimeError("nobody foresaw this")
 
-def test_champion_moves_under_load_and_drops_nothing(start: Start, moving: TinyRegistry) -> None:
-    moving.move_alias("star", "1")
-    server = start(moving, versions=["star"], watch_seconds=0.2)
-    slow_down(server, 0.005)
-    answers: list[httpx.Response] = []
-    ends = threading.Event()
-
-    def ask() -> None:
-        while not ends.is_set():
-            answers.append(post(server, LONG | {"seed": 1}))
-
-    threads = [threading.Thread(target=ask) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    try:
-        until(lambda: len(answers) > 2)
-        moving.move_alias("star", "2")
-        until(lambda: answers[-1].headers.get("x-model-version") == "2", seconds=30)
-    finally:
-        ends.set()
-        for thread in threads:
-            thread.join(20)
-    assert {answer.status_code for answer in answers} == {200}
-    texts = {(each.headers["x-model-version"], each.json()["choices"][0]["text"]) for each in answers}
-    assert sorted(version for version, _ in texts) == ["1", "2"]  # each version has one answer to one seed
-    assert len(server.models.versions) == 1
-
-
-def test_version_that_fails_its_probe_does_not_take_over(start: Start, moving: TinyRegistry) -> None:
-    moving.move_alias("star", "1")
-    server = start(moving, versions=["star"])
-    seat = server.models._seats["star"]
-    moving.move_alias("star", "3")
-    server.call(server.models.follow(seat))
-    assert post(server, {"prompt": "x"}).headers["x-model-version"] == "1"
-    listed = CLIENT.get(f"{server.url}/v1/models").json()["data"]
-    assert "Version 3 did not take over" in listed[0]["last_swap_error"]
-    assert "the registry says" in listed[0]["last_swap_error"]
-    moving.move_alias("star", "2")
-    server.call(server.models.follow(seat))
-    assert post(server, {"prompt": "x"}).headers["x-model-version"] == "2"
-    assert CLIENT.get(f"{server.url}/v1/models").json()["data"][0]["last_swap_error"] is None
-
-
-def test_no_such_version_is_one_sentence(start: Start, tiny_registry: TinyRegistry) -> None:
-    with pytest.raises(ValueError, match="has no version '77'; its versions are"):
-        start(versions=["77"])
-    with pytest.raises(ValueError, match="has no alias 'nobody'"):
-        start(versions=["nobody"])
-
-
-# -- keys --
-
-
-def test_keys_from_environment_and_file(tmp_path: Path) -> None:
-    digest = hashlib.sha256(b"secret").hexdigest()
-    file = tmp_path / "keys.yaml"
-    file.write_text(f"- {{name: alice, sha256: {digest}, requests_per_minute: 5}}\n")
-    keys = read_keys({"SERVE_API_KEYS": "one, two", "SERVE_API_KEYS_FILE": str(file)})
-    assert [key.name for key in keys] == ["key-1", "key-2", "alice"]
-    assert keys[2] == ApiKey("alice", digest, 5, 0)
-    assert "one" not in repr(keys)
-    assert read_keys({}) == ()
-    for content, says in [
-        ("{", "YAML"),
-        ("[]", "at least one"),
-        ("- {name: a}", "sha256"),
-        ("- {name: a, sha256: x}", "64"),
-    ]:
-        file.write_text(content)
-        with pytest.raises(ValueError, match=says):
-            read_keys({"SERVE_API_KEYS_FILE": str(file)})
-
-
-def test_keys_decide_who_may_ask(start: Start) -> None:
-    keys = (ApiKey("a", hashlib.sha256(b"first").hexdigest()), ApiKey("b", hashlib.sha256(b"second").hexdigest(), 2))
-    server = start(keys=keys)
-    for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "first"}):
-        answer = post(server, {"prompt": "x"}, headers=header)
-        assert answer.status_code == 401
-        assert answer.json()["error"]["code"] == "invalid_api_key"
-    broken = CLIENT.post(f"{server.url}/v1/completions", content=b"{")
-    assert broken.status_code == 401  # nothing is parsed for a stranger
-    assert post(server, {"prompt": "x"}, headers={"Authorization": "Bearer first"}).status_code == 200
-    statuses = [post(server, {"prompt": "x"}, headers={"Authorization": "Bearer second"}) for _ in range(3)]
-    assert [answer.status_code for answer in statuses] == [200, 200, 429]
-    assert int(statuses[2].headers["retry-after"]) >= 1
-    with (
-        openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as client,
-        pytest.raises(openai.AuthenticationError),
-    ):
-        client.models.list()
-    assert CLIENT.get(f"{server.url}/readyz").status_code == 200
-
-
-def test_tokens_per_minute_count_what_was_used(start: Start) -> None:
-    server = start(keys=(ApiKey("a", hashlib.sha256(b"k").hexdigest(), 0, 100),))
-    header = {"Authorization": "Bearer k"}
-    assert post(server, LONG | {"max_tokens": 90}, headers=header).status_code == 200
-    refused = post(server, LONG | {"max_tokens": 90}, headers=header)
-    assert refused.status_code == 429
-    assert "tokens per minute" in refused.json()["error"]["message"]
-
-
-def test_allowance_fills_again() -> None:
-    allowance = Allowance(600)
-    allowance.take(600)
-    assert 0.05 < allowance.seconds_until(1) <= 0.1
-    time.sleep(0.11)
-    assert allowance.seconds_until(1) == 0
-    assert Allowance(0).seconds_until(1e9) == 0
-
-
-def test_names_of_this_machine() -> None:
-    assert all(map(is_local_name, ["localhost", "localhost:80", "127.0.0.1:1", "[::1]:80", None]))
-    assert not any(map(is_local_name, ["evil.example", "localhost.evil.example:80", "10.0.0.1", "127.evil"]))
+    gate = Gate(broken, server)
+    with pytest.raises(RuntimeError):
+        server.call(ask_as_a_server(gate, LONG, broken, broken))  # type: ignore[arg-type]
+    assert 'status="500"' in server.metrics.page()
 
 
 def test_many_streams_at_once(start: Start) -> None:

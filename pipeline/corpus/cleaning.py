@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import PrepareConfig
 
-TOO_SHORT, TOO_LONG, LOW_QUALITY = "too short", "too long", "low quality"
+TOO_SHORT, TOO_LONG, LOW_QUALITY = "too short", "too long", "not English prose"
 EXACT, NEAR = "exact duplicate", "near duplicate"
 
 NUM_HASHES = 128
@@ -32,7 +32,13 @@ SIGNATURE = pa.binary(NUM_HASHES)
 LEAST_RECALL = 0.95
 MOST_COMPARED = 200
 
-_WORD = re.compile(r"\w+")
+# Scripts without spaces between words: there each character counts as one, so that a run of words is a run of
+# characters. Thai, Lao, Myanmar, Khmer, kana, Han and what Unicode added to them.
+_SPACELESS = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"[{_SPACELESS}]|[^\W{_SPACELESS}]+")
 _COMMON = re.compile(r"\b(?:the|be|to|of|and|that|have|with|is|are|was|for|in|it|this|on|as|you)\b")
 
 
@@ -46,7 +52,7 @@ def reason_to_drop(text: str, settings: PrepareConfig) -> str:
 
 
 def reads_like_prose(text: str) -> bool:
-    """The quality rule, for English, after Gopher's (Rae et al. 2021, table A1). All of these hold:
+    """The quality rule, for English alone, after Gopher's (Rae et al. 2021, table A1). All of these hold:
 
     - 50 words or more, of 3 to 10 characters on average;
     - at least 80 % of them have a letter, and at least 5 % are one of 18 common English words;
@@ -88,7 +94,10 @@ def bands_for(similarity: float) -> tuple[int, int]:
 
 
 def minhash(text: str) -> np.ndarray | None:
-    """Hash the set of a text's runs of five words into a signature; None where there are no words."""
+    """Hash the set of a text's runs of five words, or of five characters in a script without spaces, into a signature.
+
+    None where there are no words.
+    """
     words = _WORD.findall(text.lower())
     if not words:
         return None

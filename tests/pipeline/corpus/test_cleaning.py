@@ -2,6 +2,7 @@
 
 import io
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,26 @@ def test_reasons_are_named_and_nothing_is_dropped_by_default(tmp_path: Path) -> 
     assert cleaning.reason_to_drop("x" * 201, bounded) == cleaning.TOO_LONG
     assert cleaning.reason_to_drop("x" * 50, bounded) == cleaning.LOW_QUALITY
     assert cleaning.reason_to_drop("", PrepareConfig()) == ""
+
+
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [("\u4e00", "\u9fa5"), ("\u3041", "\u3093"), ("\u0e01", "\u0e2e"), ("\u1780", "\u17a2"), ("\u1000", "\u1021")],
+    ids=["Chinese", "Japanese", "Thai", "Khmer", "Myanmar"],
+)
+def test_near_duplicates_are_found_in_scripts_without_spaces(first: str, last: str) -> None:
+    generator = random.Random(9)
+    alphabet = [chr(code) for code in range(ord(first), ord(last) + 1)]
+
+    def sentence() -> str:
+        return "".join(generator.choices(alphabet, k=400))
+
+    texts = [sentence() for _ in range(30)]
+    near = [f"{text[:200]}{generator.choice(alphabet)}{text[201:]}" for text in texts]
+    found = set(find([texts, near, [sentence() for _ in range(30)]], drop_near_duplicates=True))
+    assert found == {(1, position) for position in range(30)}
+
+
+def test_words_of_scripts_with_spaces_are_what_they_were() -> None:
+    text = "Naïve über_all foo12 don't — Привет, мир! 한국어 문장 ελληνικά हिन्दी"
+    assert cleaning._WORD.findall(text) == re.findall(r"\w+", text)

@@ -21,13 +21,24 @@ from model.config import ModelConfig, OptimizerConfig
 from model.settings import require, setting
 from model.tokenizer import NAMED_TOKENIZERS
 
+# Which files hold text: ending -> format. Behind it the ending of a compression may stand.
+FORMAT_OF_ENDING = {
+    **dict.fromkeys((".txt", ".text", ".md"), "txt"),
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
+    ".parquet": "parquet",
+    **dict.fromkeys((".warc", ".wet"), "warc"),
+    **dict.fromkeys((".tar", ".tgz"), "tar"),
+}
+COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
+READABLE = f"{', '.join(FORMAT_OF_ENDING)} (also with {', '.join(COMPRESSIONS)})"
+
 
 @dataclass(frozen=True)
 class SourceConfig:
     kind: str = setting("python-docs", "where documents come from: python-docs, files or openwebtext")
     paths: list[str] = setting(
         [],
-        "files, folders or globs, local or s3://; the ending says the format; for openwebtext: a mirror, else the hub",
+        f"files, folders or globs, local or s3://; read are {READABLE}; for openwebtext: a mirror, else the hub",
     )
     text_column: str = setting("text", "for .jsonl and .parquet: the column that holds the text")
     split_text: str = setting("files", "for .txt: one document per file (files) or per paragraph block (blank-lines)")
@@ -39,6 +50,7 @@ class SourceConfig:
         kinds = ("python-docs", "files", "openwebtext")
         require(self.kind in kinds, f"source.kind is {self.kind!r}; it can be {', '.join(kinds)}.")
         require(self.kind != "files" or bool(self.paths), "source.kind=files needs source.paths.")
+        require(all(path.strip() for path in self.paths), "source.paths holds an empty path; name a file or folder.")
         require(self.split_text in ("files", "blank-lines"), "source.split_text can be files or blank-lines.")
         policies = ("replace", "skip", "fail")
         require(self.invalid_text in policies, f"source.invalid_text can be {', '.join(policies)}.")
@@ -73,10 +85,14 @@ class PrepareConfig:
     shard_tokens: int = setting(10_000_000, "about how many tokens one Parquet shard holds; also one worker's task")
     min_characters: int = setting(0, "drop documents with fewer characters")
     max_characters: int = setting(0, "drop documents with more characters; 0 keeps all")
-    quality_filter: bool = setting(False, "drop what does not read like prose (the rule is in pipeline/cleaning.py)")
+    quality_filter: bool = setting(
+        False, "drop what does not read like English prose (the rule is in corpus/cleaning.py)"
+    )
     drop_exact_duplicates: bool = setting(False, "keep only the first of documents with the same text")
     drop_near_duplicates: bool = setting(False, "keep only the first of documents that are nearly the same (MinHash)")
-    near_duplicate_similarity: float = setting(0.8, "the share of common 5-word runs from which on texts are the same")
+    near_duplicate_similarity: float = setting(
+        0.8, "the share of common 5-word runs (5 characters without spaces) that makes texts the same"
+    )
     workers: int = setting(0, "tasks at a time; 0 uses every CPU of the cluster", affects_result=False)
 
     def __post_init__(self) -> None:

@@ -27,8 +27,9 @@ from model.tokenizer import Tokenizer, parse_tokenizer
 from pipeline.artifacts import MANIFEST, Artifact, FileRecord, Manifest
 from pipeline.config import Config, result_settings
 from pipeline.corpus import card, cleaning
-from pipeline.corpus.files import Slice, slices
+from pipeline.corpus.files import Listing, Slice, listing_of, slices
 from pipeline.corpus.formats import REPLACED, read
+from pipeline.corpus.omissions import EMPTY, LEAST_VALIDATION_DOCUMENTS, warn
 from pipeline.corpus.progress import Progress
 from pipeline.corpus.shards import ShardWriter
 from pipeline.corpus.units import SPLITS, PreparePlan, Tally, Task, Unit, read_records, run_units, sum_tallies
@@ -36,7 +37,6 @@ from pipeline.corpus.units import SPLITS, PreparePlan, Tally, Task, Unit, read_r
 FORMAT_VERSION = 1
 DOCUMENTS_PER_BATCH = 64  # encoded together
 BYTES_PER_TOKEN = 4.2  # of English with a large vocabulary: how much text fills one shard
-EMPTY = "empty"
 # Text whose hashes one task compares in memory, where those of near duplicates take as much.
 PARTITION_BYTES = 500_000_000
 
@@ -48,7 +48,8 @@ def settings(config: Config) -> dict[str, Any]:
 def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Manifest:
     """Make the shards of the corpus; what an earlier, stopped run finished is kept."""
     slice_bytes = int(config.prepare.shard_tokens * BYTES_PER_TOKEN)
-    found = slices(config.source, slice_bytes)
+    listing = listing_of(config.source)
+    found = slices(config.source, slice_bytes, listing)
     plan = PreparePlan(
         source=config.source,
         settings=config.prepare,
@@ -65,11 +66,11 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
     total = first = sum_tallies(tallies)
     if total.documents == 0:
         output.delete()  # no other run would go on from it
-        why = ", ".join(f"{count:,} {reason}" for reason, count in sorted(total.dropped.items()))
+        why = total.omissions.reasons(listing)
         raise ValueError(f"The corpus is empty: no document of the source holds text{f' ({why})' if why else ''}.")
-    if total.splits["val"]["documents"] == 0:
-        # Too small for its share to be a document: hold out the one with the lowest hash.
-        plan = replace(plan, val_below=total.lowest_hash + 1)
+    if not all(total.splits[split]["documents"] for split in SPLITS):
+        # So few documents that all hashes lie on one side: hold out the one with the lowest hash.
+        plan = replace(plan, val_below=min(total.lowest_hash, total.lowest_val_hash) + 1)
         tallies = _prepare_all(plan, found, tallies)
         total = sum_tallies(tallies)
     if total.splits["train"]["documents"] == 0:
@@ -86,6 +87,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
         **{split: dict(total.splits[split]) for split in SPLITS},
         "dropped": dict(sorted(total.dropped.items())),
         "replaced_utf8": total.replaced,
+        "files_not_read": dict(listing.ignored),
         "tokenizer": tokenizer.name,
         "tokenizer_digest": tokenizer.digest,
         "vocabulary_size": tokenizer.vocab_size,
@@ -98,7 +100,26 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
     manifest = output.commit(counts, files)
     _clear_work(plan, {*there, *first.files, *total.files, *plan.duplicates}, tallies, files)
     card.log_to_mlflow(config, output, manifest, pages)
+    _say(total, listing)
     return manifest
+
+
+def _say(total: Tally, listing: Listing) -> None:
+    """Print what was kept and what was lost, and warn of what somebody should look at."""
+    omissions = total.omissions
+    reasons = omissions.reasons(listing)
+    print(
+        f"prepare   kept {omissions.kept:,} of {omissions.read:,} documents{f'; {reasons}' if reasons else ''}",
+        flush=True,
+    )
+    warnings = omissions.warnings(listing)
+    validation = total.splits["val"]
+    if validation["documents"] < LEAST_VALIDATION_DOCUMENTS:
+        warnings.append(
+            f"The validation split has {validation['documents']:,} documents with {validation['tokens']:,} tokens: too"
+            f" few for a loss that says much. Add text, or raise prepare.validation_fraction."
+        )
+    warn("prepare", warnings)
 
 
 def _prepare_all(plan: PreparePlan, found: list[Slice], finished: Mapping[str, Tally]) -> dict[str, Tally]:
@@ -189,7 +210,9 @@ def prepare_unit(plan: PreparePlan, unit: Unit) -> Tally:
             content = text.encode()
             score = int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
             is_val = score < plan.val_below
-            if not is_val:
+            if is_val:
+                tally.lowest_val_hash = min(tally.lowest_val_hash, score)
+            else:
                 tally.lowest_hash = min(tally.lowest_hash, score)
             (val if is_val else train).add(ids)
             counts = tally.splits[SPLITS[is_val]]

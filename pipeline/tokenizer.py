@@ -1,8 +1,10 @@
 """Stage 1: the tokenizer, trained on a sample of the corpus or fetched by name."""
 
 import dataclasses
+import queue
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +13,15 @@ import ray
 from model.tokenizer import NAMED_TOKENIZERS, PATTERNS, Tokenizer, build_char, check_pattern, named_tokenizer, train_bpe
 from pipeline.artifacts import Artifact, Manifest
 from pipeline.config import Config, SourceConfig, TokenizerConfig, result_settings
-from pipeline.corpus.formats import iterate_text
+from pipeline.corpus.files import Listing, Slice, listing_of, slices
+from pipeline.corpus.formats import SAMPLE_SLICE_BYTES, sample_documents
+from pipeline.corpus.omissions import Omissions, warn
+from pipeline.corpus.progress import Progress
 
 FORMAT_VERSION = 1
+MEASURED_BYTES = 5_000_000  # of the sample, by which the vocabulary is measured
+MEASURED_BYTES_IF_NAMED = 1_000_000
+REPORTED_CHARACTERS = 1_000_000  # that are read between two steps of the progress line
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -28,7 +36,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
     if config.tokenizer.kind == "bpe":
         check_pattern(_pattern(config.tokenizer))  # here, before any text is read
     began = time.monotonic()
-    learned = ray.get(_make.remote(config.source, config.tokenizer))
+    listing = listing_of(config.source)
+    learned = _make_on_a_worker(config, listing)
     tokenizer: Tokenizer = learned.tokenizer
     bytes_per_token = learned.sample_bytes / max(learned.sample_tokens, 1)
     if learned.sample_bytes:
@@ -37,6 +46,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
             f" sample of {learned.sample_bytes / 1e6:.1f} MB, {time.monotonic() - began:.0f} s",
             flush=True,
         )
+    if reasons := learned.omissions.reasons(listing):
+        print(f"tokenizer of {learned.omissions.read:,} documents in the sample: {reasons}", flush=True)
+    warn("tokenizer", learned.omissions.warnings(listing))
     files = {name: output.write_text(name, content) for name, content in tokenizer.files().items()}
     return output.commit(
         counts={
@@ -57,37 +69,94 @@ class Learned:
     tokenizer: Tokenizer
     sample_bytes: int
     sample_tokens: int
+    omissions: Omissions
 
 
-@ray.remote(num_cpus=1)
-def _make(source: SourceConfig, chosen: TokenizerConfig) -> Learned:
-    measure_bytes = 5_000_000
+def _make_on_a_worker(config: Config, listing: Listing) -> Learned:
+    found = slices(config.source, SAMPLE_SLICE_BYTES, listing)
+    text_bytes = sum(slice_.text_bytes for slice_ in found)
+    total = min(config.tokenizer.sample_megabytes * 1_000_000, text_bytes) + min(MEASURED_BYTES, text_bytes)
+    unread = Listing(ignored=listing.ignored)
+    answer: int | Learned = 0
+    with Progress("tokenizer", total, silent_seconds=5) as progress:
+        references: Any = _make.remote(config.source, config.tokenizer, found, unread)  # Ray's types know no streams
+        for reference in references:
+            answer = ray.get(reference)
+            if isinstance(answer, int):
+                progress.add(answer)
+    assert isinstance(answer, Learned)
+    return answer
+
+
+@ray.remote(num_cpus=1, num_returns="streaming")
+def _make(
+    source: SourceConfig, chosen: TokenizerConfig, found: list[Slice], unread: Listing
+) -> Iterator[int | Learned]:
+    """Yield how many bytes more were read, now and then, and the tokenizer at last."""
+    amounts: queue.SimpleQueue[int] = queue.SimpleQueue()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        learned = pool.submit(_learn, chosen, _Sample(source, found, unread, amounts.put))
+        while not learned.done():
+            try:
+                yield amounts.get(timeout=0.5)
+            except queue.Empty:
+                continue
+        yield learned.result()
+
+
+def _learn(chosen: TokenizerConfig, sample: "_Sample") -> Learned:
+    measured_bytes = MEASURED_BYTES
     if chosen.kind in NAMED_TOKENIZERS:
         tokenizer = named_tokenizer(chosen.kind)
-        measure_bytes = 1_000_000
+        measured_bytes = MEASURED_BYTES_IF_NAMED
     else:
-        texts = _valid_texts(source, chosen.sample_megabytes * 1_000_000)
+        texts = sample.texts(chosen.sample_megabytes * 1_000_000)
         if chosen.kind == "char":
             tokenizer = build_char(texts, chosen.vocabulary_size)
         else:
             tokenizer = train_bpe(texts, chosen.vocabulary_size, _pattern(chosen))
+    omissions = sample.omissions
     sample_bytes = sample_tokens = 0
-    for text in _valid_texts(source, measure_bytes):
+    for text in sample.texts(measured_bytes):
         sample_bytes += len(text.encode())
         sample_tokens += len(tokenizer.encode(text))
-    return Learned(tokenizer, sample_bytes, sample_tokens)
+    assert sample.omissions is not None
+    return Learned(tokenizer, sample_bytes, sample_tokens, omissions or sample.omissions)
 
 
-def _valid_texts(source: SourceConfig, sample_bytes: int) -> Iterator[str]:
-    """Sample the corpus; raises `ValueError` if there is no text in it at all."""
-    # Half characters are prepare's to count; here they would only stop the training.
-    readable = dataclasses.replace(source, invalid_text="replace")
-    is_empty = True
-    for text in iterate_text(readable, sample_bytes):
-        is_empty = is_empty and not text.strip()
-        yield text
-    if is_empty:
-        raise ValueError("The corpus is empty: no document of the source holds any text.")
+class _Sample:
+    """Texts from all over the corpus, the same each time; counts what of them is lost, and tells how far it is."""
+
+    def __init__(
+        self, source: SourceConfig, found: list[Slice], unread: Listing, report: Callable[[int], None]
+    ) -> None:
+        # Half characters are prepare's to refuse; here they would only stop the training.
+        self._source = dataclasses.replace(source, invalid_text="replace")
+        self._found = found
+        self._unread = unread
+        self._report = report
+        self.omissions: Omissions | None = None  # of the last pass
+
+    def texts(self, sample_bytes: int) -> Iterator[str]:
+        """Yield about so many bytes; raises `ValueError` if there is no text in the corpus at all."""
+        self.omissions = Omissions()
+        unreported = 0
+        for document in sample_documents(self._source, sample_bytes, self._found):
+            self.omissions.count(document)
+            text, _ = document
+            if text is None:
+                continue
+            yield text
+            unreported += len(text)
+            if unreported >= REPORTED_CHARACTERS:
+                self._report(unreported)
+                unreported = 0
+        self._report(unreported)
+        if not self.omissions.kept:
+            why = self.omissions.reasons(self._unread)
+            raise ValueError(
+                f"The corpus is empty: no document of the source holds any text{f' ({why})' if why else ''}."
+            )
 
 
 def _pattern(chosen: TokenizerConfig) -> str:

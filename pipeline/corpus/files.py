@@ -1,6 +1,7 @@
 """The input's files: found, named by a fingerprint, and cut into slices that do not depend on who reads them.
 
-    for slice_ in slices(config.source, slice_bytes):     # on the driver: names and sizes only, no text
+    listing = find_files(config.source)                               # names and sizes only, no text
+    for slice_ in slices(config.source, slice_bytes, listing): ...    # on the driver
 
 A slice of the input is small enough for one task, and the same input is always cut into the same slices: shards are
 made one slice each, so their bytes depend on neither the number of workers nor on what was interrupted. A large file
@@ -11,55 +12,35 @@ into pieces as it passes.
 import hashlib
 import json
 import platform
-import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.artifacts import filesystem_of
-from pipeline.config import SourceConfig
+from pipeline.config import READABLE, SourceConfig
 from pipeline.corpus import python_docs
+from pipeline.corpus.endings import File
+from pipeline.corpus.listing import Found, filesystem_at, list_path, pinned_revision
+from pipeline.corpus.progress import Progress
+from pipeline.corpus.recoding import HEAD_BYTES, needs_recoding
 
-FORMAT_OF_ENDING = {
-    **dict.fromkeys((".txt", ".text"), "txt"),
-    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
-    ".parquet": "parquet",
-    **dict.fromkeys((".warc", ".wet"), "warc"),
-    **dict.fromkeys((".tar", ".tgz"), "tar"),
-}
-# Compression -> how many bytes of English one byte holds; only for balancing the work and showing progress.
-EXPANSION = {".gz": 2.7, ".zst": 3.0, ".xz": 3.3, ".bz2": 3.3, "": 1.0}
+Result = TypeVar("Result")
+CACHED_FILES = 1_000_000  # whose heads and footers the stages of one run read once
+SILENT_SECONDS = 2.0  # a listing that takes no longer needs no progress line
 
 
 @dataclass(frozen=True)
-class File:
-    """One input file: where it is, how large, and what tells one version of it from another."""
+class Listing:
+    """The files of a source that are read, by URL, and how many are not: by ending."""
 
-    url: str
-    size: int
-    version: str = ""
-
-    @property
-    def compression(self) -> str:
-        ending = Path(self.url).suffix.lower()
-        return ending if ending in EXPANSION else ""
-
-    @property
-    def format(self) -> str:
-        name = Path(self.url).name.lower().removesuffix(self.compression)
-        # OpenWebText's inner archives are called *_data.xz: an unknown name under a compression is a tar.
-        return FORMAT_OF_ENDING.get(Path(name).suffix, "tar" if self.compression else "")
-
-    @property
-    def text_bytes(self) -> float:
-        return self.size * (EXPANSION[".xz"] if self.format == "tar" else EXPANSION[self.compression])
+    files: tuple[File, ...] = ()
+    ignored: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,11 +49,14 @@ class Slice:
 
     name: str
     format: str
-    files: tuple[str, ...]
+    files: tuple[File, ...]
     text_bytes: int  # about; for progress
     start: int = 0  # of .jsonl and .txt: bytes; of .parquet: row groups
     stop: int = -1
     is_stream: bool = False  # more than one task's work: `formats.read_pieces` cuts it
+
+
+_fingerprinted: dict[str, Listing] = {}  # the listing that this process's last fingerprint was made of, by its source
 
 
 def fingerprint_source(source: SourceConfig) -> str:
@@ -82,169 +66,172 @@ def fingerprint_source(source: SourceConfig) -> str:
     if source.kind == "python-docs":
         facts["content"] = [platform.python_version(), *python_docs.packages()]
     else:
-        facts["content"] = [[file.url, file.size, file.version] for file in find_files(source)]
+        listing = find_files(source)
+        _fingerprinted.clear()
+        _fingerprinted[repr(source)] = listing
+        facts["content"] = [[file.url, file.size, file.version] for file in listing.files]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def listing_of(source: SourceConfig) -> Listing:
+    """Return the listing that the source's fingerprint was made of, or list it now if none was made here."""
+    return _fingerprinted.get(repr(source)) or find_files(source)
 
 
 # Finding files ----------------------------------------------------------------------------------------------------
 
 
-def find_files(source: SourceConfig) -> list[File]:
-    """List the input's files in the order of their names; raises `ValueError` where a path leads to none."""
+def find_files(source: SourceConfig) -> Listing:
+    """List the input's files in the order of their URLs; raises `ValueError` where a path leads to none."""
+    if source.kind == "python-docs":
+        return Listing()
     paths = source.paths
     if source.kind == "openwebtext" and not paths:
-        paths = [f"hf://datasets/{source.dataset}@{_pinned_revision(source.dataset, source.revision)}"]
+        paths = [f"hf://datasets/{source.dataset}@{pinned_revision(source.dataset, source.revision)}"]
     files: dict[str, File] = {}
-    for path in paths:
-        found = _list(path)
-        if source.kind == "openwebtext":
-            found = _one_layout(found)
-        if not found:
-            raise ValueError(f"There is no text file at {path!r}: looked for {', '.join(FORMAT_OF_ENDING)}.")
-        files.update((file.url, file) for file in found)
-    return [files[url] for url in sorted(files)]
+    ignored: dict[str, str] = {}  # URL -> ending
+    with Progress("listing", None, " files", silent_seconds=SILENT_SECONDS) as progress:
+        for path in paths:
+            found = list_path(path, progress)
+            readable = [file for file in found.files if file.format]
+            if source.kind == "openwebtext":
+                readable = _one_layout(readable)
+            else:
+                ignored |= {file.url: file.ending for file in found.files if not file.format}
+            if not readable:
+                raise ValueError(_nothing_at(path, found))
+            for file in readable:
+                if file.url not in files or not file.given:  # a file's own name before that of a link to it
+                    files[file.url] = file
+    return Listing(tuple(files[url] for url in sorted(files)), Counter(ignored.values()))
 
 
-def _list(path: str) -> list[File]:
-    filesystem, root = filesystem_at(path)
-    prefix = f"{path.split('://')[0]}://" if "://" in path else ""
-    try:
-        if any(mark in root for mark in "*?["):
-            entries = filesystem.glob(root, detail=True)
-        elif FORMAT_OF_ENDING.get(Path(root).suffix) or Path(root).suffix in EXPANSION:
-            entries = {root: filesystem.info(root)}
-            if entries[root]["type"] == "directory":
-                entries = filesystem.find(root, detail=True)
-        else:
-            entries = filesystem.find(root, detail=True)
-    except FileNotFoundError:
-        entries = {}
-    except PermissionError as error:
-        raise ValueError(f"{path!r} may not be read ({error}).") from None
-    if not entries:
-        raise ValueError(f"There is no file at {path!r}.")
-    files = []
-    for name, entry in entries.items():
-        version = str(entry.get("ETag") or entry.get("blob_id") or entry.get("mtime") or "")
-        file = File(prefix + (name if prefix else str(Path(name).resolve())), int(entry.get("size") or 0), version)
-        below = name.removeprefix(root) if name.startswith(root) else Path(name).name  # a path given by name is meant
-        hidden = any(part.startswith((".", "_")) for part in below.split("/"))
-        if entry["type"] == "file" and file.format and not hidden:
-            files.append(file)
-    return files
+def _nothing_at(path: str, found: Found) -> str:
+    unread = Counter(file.ending for file in found.files if not file.format)
+    if found.is_one_file:
+        return f"{path} cannot be read: {next(iter(unread))} is not among {READABLE}. Turn it into one of them."
+    there = f"; it holds {count_endings(unread)}" if unread else ""
+    return f"There is no text file at {path!r}: looked for {READABLE}{there}."
+
+
+def count_endings(counts: Mapping[str, int]) -> str:
+    """Write endings with their numbers of files, the most frequent first: '7 .pdf, 2 .docx'."""
+    return ", ".join(f"{count:,} {ending}" for ending, count in sorted(counts.items(), key=lambda row: (-row[1], row)))
 
 
 def _one_layout(files: list[File]) -> list[File]:
     """Choose among the layouts that OpenWebText lies about in: one place may hold it several times over."""
     parquet = [file for file in files if file.format == "parquet"]
     archives = [file for file in files if file.format == "tar"]
-    whole = [file for file in archives if Path(file.url).name == "openwebtext.tar.xz"]
-    subsets = [file for file in archives if Path(file.url).suffix == ".tar"]
-    inner = [file for file in archives if Path(file.url).suffix == ".xz" and file not in whole]
-    plain = [file for file in files if file.format in ("txt", "jsonl") and Path(file.url).stem.lower() != "readme"]
+    whole = [file for file in archives if file.name == "openwebtext.tar.xz"]
+    subsets = [file for file in archives if file.name.endswith(".tar")]
+    inner = [file for file in archives if file.name.endswith(".xz") and file not in whole]
+    plain = [
+        file
+        for file in files
+        if file.format in ("txt", "jsonl") and file.name.rpartition(".")[0].lower() != "readme" and file.ending != ".md"
+    ]
     return next((layout for layout in (parquet, subsets, whole, inner, plain) if layout), [])
-
-
-@lru_cache(maxsize=8)
-def _pinned_revision(dataset: str, revision: str) -> str:
-    """Turn a branch or tag into the commit that it is now, so that one run reads one version."""
-    if re.fullmatch(r"[0-9a-f]{40}", revision):
-        return revision
-    from huggingface_hub import HfApi
-
-    try:
-        commit = HfApi().dataset_info(dataset, revision=revision).sha
-    except Exception as error:
-        raise ValueError(
-            f"The hub has no answer for {dataset!r} at {revision!r} ({type(error).__name__});"
-            f" check the name, the network and HF_TOKEN, or give a mirror in source.paths."
-        ) from None
-    assert commit is not None
-    return commit
-
-
-def filesystem_at(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Return the file system of a file's URL or local path, and the path in it."""
-    if url.startswith("hf://"):
-        from huggingface_hub import HfFileSystem
-
-        return cast(fsspec.AbstractFileSystem, HfFileSystem()), url.removeprefix("hf://").rstrip("/")
-    if "://" not in url:
-        url = str(Path(url).expanduser())
-    return filesystem_of(url)
 
 
 # Cutting into slices ----------------------------------------------------------------------------------------------
 
 
-def slices(source: SourceConfig, slice_bytes: int) -> list[Slice]:
+def slices(source: SourceConfig, slice_bytes: int, listing: Listing | None = None) -> list[Slice]:
     """Cut the input into slices of about `slice_bytes` of text; a pure function of its files."""
     if source.kind == "python-docs":
         return [Slice("00000", "python-docs", (), python_docs.LIMIT_BYTES)]
-    files = find_files(source)
-    footers = _read_footers([file for file in files if file.format == "parquet"], source.text_column)
+    files = (listing or listing_of(source)).files
+    read_footer = partial(_read_footer, column=source.text_column)
+    footers = dict(_in_threads(read_footer, [file for file in files if file.format == "parquet"], "footers"))
+    large = [file for file in files if _can_seek(file, source) and file.size > slice_bytes]
+    recoded = {file for file, head in _in_threads(_read_head, large, "heads") if needs_recoding(file, head)}
     cut: list[Slice] = []
     group: list[File] = []
+    group_bytes = 0.0
 
-    def add(names: tuple[str, ...], kind: str, text_bytes: float, **rest: Any) -> None:
+    def add(names: tuple[File, ...], kind: str, text_bytes: float, **rest: Any) -> None:
         cut.append(Slice(f"{len(cut):05d}", kind, names, int(text_bytes), **rest))
 
     def close_group() -> None:
+        nonlocal group_bytes
         if group:
-            add(tuple(file.url for file in group), group[0].format, sum(file.text_bytes for file in group))
+            add(tuple(group), group[0].format, group_bytes)
             group.clear()
+            group_bytes = 0.0
 
     for file in files:
-        can_seek = file.format == "jsonl" or (file.format == "txt" and source.split_text == "blank-lines")
         if file.format == "parquet":
             close_group()
             start, collected = 0, 0
-            for row_group, size in enumerate(footers[file.url]):
+            for row_group, size in enumerate(footers[file]):
                 collected += size
-                if collected >= slice_bytes or row_group == len(footers[file.url]) - 1:
-                    add((file.url,), "parquet", collected, start=start, stop=row_group + 1)
+                if collected >= slice_bytes or row_group == len(footers[file]) - 1:
+                    add((file,), "parquet", collected, start=start, stop=row_group + 1)
                     start, collected = row_group + 1, 0
-        elif file.text_bytes <= slice_bytes or not (can_seek or file.format == "tar"):
+        elif file.text_bytes <= slice_bytes or not (_is_cut(file, source) or file.format == "tar"):
             # Small files share a slice. A large one that is a single document, or a WARC, is a slice of its own.
-            collected = int(sum(each.text_bytes for each in group))
-            if group and (group[0].format != file.format or collected + file.text_bytes > slice_bytes):
+            if group and (group[0].format != file.format or int(group_bytes) + file.text_bytes > slice_bytes):
                 close_group()
             group.append(file)
-        elif file.compression or file.format == "tar":
+            group_bytes += file.text_bytes
+        elif file.compression or file.format == "tar" or file in recoded:
             close_group()
-            add((file.url,), file.format, file.text_bytes, is_stream=True)
+            add((file,), file.format, file.text_bytes, is_stream=True)
         else:
             close_group()
             count = -(-file.size // slice_bytes)
             edges = [file.size * index // count for index in range(count + 1)]
             for start, stop in pairwise(edges):
-                add((file.url,), file.format, stop - start, start=start, stop=stop)
+                add((file,), file.format, stop - start, start=start, stop=stop)
     close_group()
     return cut
 
 
-def _read_footers(files: list[File], column: str) -> dict[str, list[int]]:
-    """Return the size of each row group's text, by file; raises `ValueError` where the column is missing."""
+def _is_cut(file: File, source: SourceConfig) -> bool:
+    """Whether documents of one file can go to several slices."""
+    return file.format == "jsonl" or (file.format == "txt" and source.split_text == "blank-lines")
 
-    def read_footer(file: File) -> list[int]:
-        filesystem, path = filesystem_at(file.url)
-        try:
-            with filesystem.open(path, "rb") as handle:
-                metadata = pq.read_metadata(handle)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{file.url} is not a Parquet file ({str(error).splitlines()[0]}).") from None
-        names = metadata.schema.to_arrow_schema().names
-        if column not in names:
-            raise ValueError(f"{file.url} has no column {column!r}; it has {', '.join(names)}. Set source.text_column.")
-        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-        return [
-            sum(
-                chunk.total_uncompressed_size
-                for chunk in map(group.column, range(metadata.num_columns))
-                if chunk.path_in_schema.split(".")[0] == column
-            )
-            for group in groups
-        ]
 
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        return dict(zip((file.url for file in files), pool.map(read_footer, files), strict=True))
+def _can_seek(file: File, source: SourceConfig) -> bool:
+    return _is_cut(file, source) and not file.compression
+
+
+@lru_cache(maxsize=CACHED_FILES)
+def _read_head(file: File) -> bytes:
+    filesystem, path = filesystem_at(file.url)
+    return filesystem.cat_file(path, start=0, end=HEAD_BYTES)
+
+
+@lru_cache(maxsize=CACHED_FILES)
+def _read_footer(file: File, column: str) -> list[int]:
+    """Return the size of each row group's text; raises `ValueError` where the column is missing."""
+    filesystem, path = filesystem_at(file.url)
+    try:
+        with filesystem.open(path, "rb") as handle:
+            metadata = pq.read_metadata(handle)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0].removesuffix(".")
+        raise ValueError(f"{file.where} is damaged or not a Parquet file ({reason}).") from None
+    names = metadata.schema.to_arrow_schema().names
+    if column not in names:
+        raise ValueError(f"{file.where} has no column {column!r}; it has {', '.join(names)}. Set source.text_column.")
+    return [
+        sum(
+            chunk.total_uncompressed_size
+            for chunk in map(group.column, range(metadata.num_columns))
+            if chunk.path_in_schema.split(".")[0] == column
+        )
+        for group in map(metadata.row_group, range(metadata.num_row_groups))
+    ]
+
+
+def _in_threads(do: Callable[[File], Result], files: list[File], label: str) -> Iterator[tuple[File, Result]]:
+    """Do one small request for each file, many at a time, with a progress line if it takes long."""
+    with (
+        Progress(label, len(files), " files", silent_seconds=SILENT_SECONDS) as progress,
+        ThreadPoolExecutor(max_workers=16) as pool,
+    ):
+        for file, result in zip(files, pool.map(do, files), strict=True):
+            progress.add(1)
+            yield file, result

@@ -1,86 +1,101 @@
 """Every format's documents, read from a slice of the input or from a piece of a stream.
 
-for text, note in read(slice_, config.source):                      # on a worker
+for text, note in read(slice_, config.source): ...                  # on a worker
 for piece in read_pieces(slice_, config.source, piece_bytes):       # a stream, cut as it passes
     for text, note in read(slice_, config.source, piece): ...
 """
 
-import bz2
-import gzip
 import hashlib
 import io
 import json
-import lzma
 import re
-import tarfile
-from collections.abc import Iterator
-from pathlib import Path
-from typing import IO, cast
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import IO, Any
 
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 
-from pipeline.config import SourceConfig
+from pipeline.config import READABLE, SourceConfig
 from pipeline.corpus import python_docs
-from pipeline.corpus.files import EXPANSION, File, Slice, filesystem_at, slices
-
-DAMAGED = (gzip.BadGzipFile, EOFError, lzma.LZMAError, tarfile.TarError, zstandard.ZstdError, pa.ArrowInvalid)
+from pipeline.corpus.archives import TAR_BLOCK_BYTES, Member, is_tar, read_members, read_texts
+from pipeline.corpus.compression import BLOCK_BYTES, Damaged, decompressed, open_file, stream_of
+from pipeline.corpus.endings import EXPANSION, NOT_PLAIN_TEXT, File
+from pipeline.corpus.files import Slice, slices
+from pipeline.corpus.recoding import codec_of, lines_of
 
 # What `read` says about a document: why it has no text, or what was done to it.
 INVALID_UTF8, REPLACED, NOT_JSON, NO_TEXT = "invalid UTF-8", "replaced UTF-8", "not JSON", "no text"
+NOT_TEXT = "not text"
+SAMPLE_SLICE_BYTES = 2**25
+COLUMN_ROWS = 100  # of a file, one of which must have the text column
 Document = tuple[str | None, str]
-Piece = list[bytes]  # of a stream: whole lines, or whole members of an archive
+Piece = list[Member]  # of a stream: whole lines, or whole members of an archive
 
 
 def read(slice_: Slice, source: SourceConfig, piece: Piece | None = None) -> Iterator[Document]:
     """Yield a slice's documents in their order: (text, "") or (None, why not) or (text, what was done to it).
 
-    `piece` is one of a stream, as `read_pieces` gave it. Raises `ValueError` naming a file that is damaged.
+    `piece` is one of a stream, as `read_pieces` gave it. Raises `ValueError` naming a file that is damaged, that
+    changed since it was listed, or that cannot be read.
     """
     if slice_.format == "python-docs":
         yield from ((text, "") for text in python_docs.documents())
-        return
-    where = slice_.files[0]
-    try:
-        if piece is not None:
-            for blob in piece:
-                yield from _normalised(_parse(slice_, io.BytesIO(blob), source, where), source)
-        else:
-            for where in slice_.files:
-                if slice_.format == "parquet":
-                    yield from _normalised(_read_parquet(slice_, source), source)
-                    continue
-                with open_file(where) as stream:
-                    documents = (
-                        _parse_tar(stream, source, where)
-                        if slice_.format == "tar"
-                        else _parse(slice_, stream, source, where)
-                    )
-                    yield from _normalised(documents, source)
-    except DAMAGED as error:
-        raise ValueError(f"{where} is damaged ({type(error).__name__}: {error}).") from None
+    elif piece is not None:
+        (file,) = slice_.files
+        with _Named(file):
+            for member in piece:
+                lines = io.BytesIO(member.content)
+                documents = _read_member(member, source, file) if member.name else _lines(file, lines, source)
+                yield from _normalised(documents, source)
+    else:
+        for file in slice_.files:
+            with _Named(file), open_file(file) as stream:
+                yield from _normalised(_read_file(file, stream, source, slice_.start, slice_.stop), source)
 
 
 def read_pieces(slice_: Slice, source: SourceConfig, piece_bytes: int) -> Iterator[Piece]:
     """Cut a stream into pieces of about `piece_bytes` of text, which `read` takes."""
-    (url,) = slice_.files
-    try:
-        with open_file(url) as stream:
-            yield from (
-                _cut_tar(stream, piece_bytes) if slice_.format == "tar" else _cut_lines(stream, slice_, piece_bytes)
-            )
-    except DAMAGED as error:
-        raise ValueError(f"{url} is damaged ({type(error).__name__}: {error}).") from None
+    (file,) = slice_.files
+    with _Named(file), open_file(file) as raw:
+        stream = decompressed(raw, file.compression)
+        if file.format == "tar":
+            yield from _cut_members(_checked_tar(file, stream), piece_bytes)
+        else:
+            stream = lines_of(file, stream)
+            if file.format == "jsonl":
+                stream = _check_columns(file, stream, source)
+            yield from _cut_lines(stream, file.format, piece_bytes)
 
 
-def _cut_tar(stream: IO[bytes], piece_bytes: int) -> Iterator[Piece]:
+class _Named:
+    """Gives what is wrong with a file's bytes the file's name."""
+
+    def __init__(self, file: File) -> None:
+        self._where = file.where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, Damaged):
+            raise ValueError(f"{self._where} is damaged ({error}).") from None
+        if isinstance(error, OSError):
+            text = " ".join(str(error).split()).removesuffix(".")
+            raise ValueError(f"{self._where} cannot be read ({type(error).__name__}: {text}).") from None
+
+
+# Streams into pieces ----------------------------------------------------------------------------------------------
+
+
+def _cut_members(stream: IO[bytes], piece_bytes: int) -> Iterator[Piece]:
     piece: Piece = []
     collected = 0.0
-    for blob in _members(stream):
-        piece.append(blob)
-        collected += len(blob) * (EXPANSION[".xz"] if blob.startswith(_XZ) else 1)
+    for member in read_members(stream):
+        piece.append(member)
+        is_inner_archive = member.content.startswith(_XZ)
+        collected += len(member.content) * (EXPANSION[".xz"] if is_inner_archive else 1)
         if collected >= piece_bytes:
             yield piece
             piece, collected = [], 0.0
@@ -88,57 +103,126 @@ def _cut_tar(stream: IO[bytes], piece_bytes: int) -> Iterator[Piece]:
         yield piece
 
 
-def _cut_lines(stream: IO[bytes], slice_: Slice, piece_bytes: int) -> Iterator[Piece]:
-    rest: list[bytes] = []
-    while True:
-        content = b"".join([*rest, stream.read(piece_bytes)])
-        line = stream.readline()
-        rest = []
-        while slice_.format == "txt" and line.strip():  # up to the end of the document
-            rest.append(line)
-            line = stream.readline()
-        if not content and not line and not rest:
-            return
-        yield [b"".join([content, *rest, line])]
-        rest = []
+def _cut_lines(stream: IO[bytes], kind: str, piece_bytes: int) -> Iterator[Piece]:
+    """Cut behind a line; text that is split on blank lines behind a blank one."""
+    while content := stream.read(piece_bytes):
+        rest: list[bytes] = []
+        if kind == "txt" and not content.endswith(b"\n"):
+            rest.append(stream.readline())  # the end of a line, blank or not, is no blank line
+        rest.append(stream.readline())
+        while kind == "txt" and rest[-1].strip():
+            rest.append(stream.readline())
+        yield [Member("", b"".join([content, *rest]))]
 
 
-def open_file(url: str) -> IO[bytes]:
-    """Open a file for reading from its start, decompressed."""
-    filesystem, path = filesystem_at(url)
-    raw = filesystem.open(path, "rb", block_size=2**22)
-    compression = File(url, 0).compression
-    if compression == ".gz" or path.endswith(".tgz"):
-        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
-    if compression == ".xz":
-        return cast(IO[bytes], lzma.LZMAFile(raw))
-    if compression == ".bz2":
-        return cast(IO[bytes], bz2.BZ2File(raw))
-    if compression == ".zst":
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return cast(IO[bytes], io.BufferedReader(reader, 2**20))
-    return cast(IO[bytes], raw)
+def _checked_tar(file: File, stream: IO[bytes]) -> IO[bytes]:
+    """Refuse what only a compression's ending made pass for an archive, as in dump.gz."""
+    if file.inner_ending in (".tar", ".tgz"):
+        return stream
+    head = stream.read(TAR_BLOCK_BYTES)
+    if not is_tar(head):
+        raise ValueError(
+            f"{file.where} holds no tar archive, and its name does not say what else; name it like"
+            f" x.jsonl{file.compression}. Read are {READABLE}."
+        )
+    return stream_of(chain([head], iter(lambda: stream.read(BLOCK_BYTES), b"")))
 
 
-def _parse(slice_: Slice, stream: IO[bytes], source: SourceConfig, where: str) -> Iterator[Document]:
-    if slice_.format == "tar":  # one member of it
-        yield from _parse_member(stream.read(), source, where)
-    elif slice_.format == "jsonl":
-        yield from _parse_jsonl(stream, source, where, slice_.start, slice_.stop)
-    elif slice_.format == "warc":
-        yield from _parse_warc(stream, source, where)
-    elif source.split_text == "files":
-        yield _decode(stream.read(), source, where)
+# Files ------------------------------------------------------------------------------------------------------------
+
+
+def _read_file(file: File, raw: IO[bytes], source: SourceConfig, start: int = 0, stop: int = -1) -> Iterator[Document]:
+    """Read a file whose ending says what it holds, or a range of it."""
+    if file.format == "parquet":
+        yield from _read_parquet(file, raw if not file.compression else _whole(file, raw), source, start, stop)
+        return
+    stream = decompressed(raw, file.compression)
+    if file.format == "tar":
+        for member in read_members(_checked_tar(file, stream)):
+            yield from _read_member(member, source, file)
+    elif file.format == "warc":
+        for content, charset in read_texts(stream):
+            yield (None, NO_TEXT) if content is None else _decode(content, source, file.where, charset)
+    elif file.format == "txt" and source.split_text == "files":
+        yield _decode(stream.read(), source, file.where)
+    elif start:
+        yield from _lines(file, stream, source, start, stop)
     else:
-        yield from _parse_blocks(stream, source, where, slice_.start, slice_.stop)
+        stream = lines_of(file, stream)
+        position = stream.tell() if stream.seekable() else 0
+        if file.format == "jsonl":
+            stream = _check_columns(file, stream, source)
+        yield from _lines(file, stream, source, position, stop, is_begun=True)
 
 
-def _parse_jsonl(stream: IO[bytes], source: SourceConfig, where: str, start: int, stop: int) -> Iterator[Document]:
-    """A line belongs to the range in which it starts."""
-    if start:
+def _whole(file: File, raw: IO[bytes]) -> IO[bytes]:
+    return io.BytesIO(decompressed(raw, file.compression).read())
+
+
+def _lines(
+    file: File, stream: IO[bytes], source: SourceConfig, start: int = 0, stop: int = -1, is_begun: bool = False
+) -> Iterator[Document]:
+    if start and not is_begun:  # behind the line that begins before the range
         stream.seek(start - 1)
         start += len(stream.readline()) - 1
+    is_first = is_begun or not start
+    if file.format == "jsonl":
+        return _parse_jsonl(stream, source, file.where, start, stop)
+    return _parse_blocks(stream, source, file.where, start, stop, is_first)
+
+
+def _read_member(member: Member, source: SourceConfig, archive: File) -> Iterator[Document]:
+    """Read a file of an archive by its own ending; one with an unknown ending is a text unless it holds zeros."""
+    file = File(f"{archive.where}/{member.name}", len(member.content))
+    if file.inner_ending in NOT_PLAIN_TEXT:
+        yield None, f"{file.ending} is not read"
+    elif file.format == "tar" and not file.inner_ending:
+        stream = decompressed(io.BytesIO(member.content), file.compression)
+        content = stream.read()
+        if is_tar(content):
+            for inner in read_members(io.BytesIO(content)):
+                yield from _read_member(inner, source, file)
+        else:
+            yield _text_or_none(content, source, file.where)
+    elif file.format == "txt":
+        yield _decode(decompressed(io.BytesIO(member.content), file.compression).read(), source, file.where)
+    elif file.format:
+        yield from _read_file(file, io.BytesIO(member.content), source)
+    else:
+        yield _text_or_none(member.content, source, file.where)
+
+
+def _text_or_none(content: bytes, source: SourceConfig, where: str) -> Document:
+    try:
+        return (content.decode(), "") if not codec_of(content)[1] else _decode(content, source, where)
+    except UnicodeDecodeError:
+        return (None, NOT_TEXT) if b"\0" in content else _decode(content, source, where)
+
+
+# Lines and blocks -------------------------------------------------------------------------------------------------
+
+
+def _check_columns(file: File, stream: IO[bytes], source: SourceConfig) -> IO[bytes]:
+    """Raise `ValueError` if none of a file's first rows has the text column; return the stream from its start."""
+    head = list(islice(stream, COLUMN_ROWS))
     columns: set[str] = set()
+    for line in head:
+        try:
+            row = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            continue
+        columns.update(row if isinstance(row, dict) else ())
+    is_about_others = file.inner_ending == ".json" and len(head) == 1  # such as dataset_info.json: counted, not refused
+    if columns and source.text_column not in columns and not is_about_others:
+        found = ", ".join(sorted(columns))
+        raise ValueError(f"{file.where} has no column {source.text_column!r}; it has {found}. Set source.text_column.")
+    return stream_of(chain(head, iter(lambda: stream.read(BLOCK_BYTES), b"")))
+
+
+def _parse_jsonl(
+    stream: Iterable[bytes], source: SourceConfig, where: str, start: int, stop: int
+) -> Iterator[Document]:
+    """A line belongs to the range in which it starts; `start` is where the stream is."""
     for line in stream:
         if 0 <= stop <= start:
             break
@@ -150,38 +234,34 @@ def _parse_jsonl(stream: IO[bytes], source: SourceConfig, where: str, start: int
             row = orjson.loads(line)
         except orjson.JSONDecodeError:
             is_odd = True
-            # A byte order mark, bytes that are not UTF-8, half a character, or no JSON: the lenient reader tells.
+            if not line.endswith(b"\n") and not line.rstrip().endswith(b"}"):
+                raise Damaged("its last line is cut") from None
+            # Bytes that are not UTF-8, half a character, or no JSON: the lenient reader tells.
             written, note = _decode(line, source, where)
             if written is None:
                 yield None, note
                 continue
             try:
-                row = json.loads(written.removeprefix("\ufeff"))
+                row = json.loads(written)
             except (ValueError, RecursionError):
+                if not line.endswith(b"\n"):
+                    raise Damaged("its last line is cut") from None
                 yield None, NOT_JSON
                 continue
-        columns.update(row if isinstance(row, dict) else ())
         text = row.get(source.text_column) if isinstance(row, dict) else None
         if not isinstance(text, str):
             yield None, NO_TEXT
-            continue
-        if is_odd and b"\\u" in line:
+        elif is_odd and b"\\u" in line:
             mended, why = _without_surrogates(text, source, where)
             yield mended, why or note
         else:
             yield text, note
-    if columns and source.text_column not in columns:
-        found = ", ".join(sorted(columns))
-        raise ValueError(f"{where} has no column {source.text_column!r}; it has {found}. Set source.text_column.")
 
 
-def _parse_blocks(stream: IO[bytes], source: SourceConfig, where: str, start: int, stop: int) -> Iterator[Document]:
+def _parse_blocks(
+    stream: Iterable[bytes], source: SourceConfig, where: str, position: int, stop: int, is_ours: bool
+) -> Iterator[Document]:
     """Split on blank lines; a block belongs to the range in which the blank line before it starts."""
-    position = start
-    if start:
-        stream.seek(start - 1)
-        position += len(stream.readline()) - 1
-    is_ours = start == 0
     block: list[bytes] = []
     for line in stream:
         if line.strip():
@@ -199,53 +279,10 @@ def _parse_blocks(stream: IO[bytes], source: SourceConfig, where: str, start: in
         yield _decode(b"".join(block).rstrip(b"\r\n"), source, where)
 
 
-def _parse_warc(stream: IO[bytes], source: SourceConfig, where: str) -> Iterator[Document]:
-    """Take the text of WET records, and of WARC responses and resources that are plain text."""
-    from warcio.archiveiterator import ArchiveIterator
-    from warcio.exceptions import ArchiveLoadFailed
-
-    try:
-        for record in ArchiveIterator(stream):
-            headers = record.http_headers or record.rec_headers
-            is_text = (headers.get_header("Content-Type") or "").lower().startswith("text/plain")
-            if record.rec_type in ("conversion", "response", "resource"):
-                yield _decode(record.content_stream().read(), source, where) if is_text else (None, NO_TEXT)
-    except ArchiveLoadFailed as error:
-        raise ValueError(f"{where} is not a WARC file ({error}).") from None
-
-
 _XZ = b"\xfd7zXZ\x00"
 
 
-def _members(stream: IO[bytes]) -> Iterator[bytes]:
-    with tarfile.open(fileobj=stream, mode="r|") as archive:
-        for member in archive:
-            archive.members = []  # type: ignore[attr-defined]  # else it remembers every member of millions
-            hidden = Path(member.name).name.startswith(".")
-            if member.isfile() and not hidden:
-                handle = archive.extractfile(member)
-                assert handle is not None
-                yield handle.read()
-    while stream.read(2**20):  # to the end, where compression keeps its checksums
-        pass
-
-
-def _parse_tar(stream: IO[bytes], source: SourceConfig, where: str) -> Iterator[Document]:
-    for blob in _members(stream):
-        yield from _parse_member(blob, source, where)
-
-
-def _parse_member(blob: bytes, source: SourceConfig, where: str) -> Iterator[Document]:
-    """A member is a text, or an .xz that holds a tar of texts (or one text)."""
-    if not blob.startswith(_XZ):
-        yield _decode(blob, source, where)
-        return
-    content = lzma.decompress(blob)
-    if content[257:262] == b"ustar":
-        yield from _parse_tar(io.BytesIO(content), source, where)
-    else:
-        yield _decode(content, source, where)
-
+# Parquet ----------------------------------------------------------------------------------------------------------
 
 _TEXT_TYPES = (
     pa.types.is_string,
@@ -253,38 +290,63 @@ _TEXT_TYPES = (
     pa.types.is_string_view,
     pa.types.is_binary,
     pa.types.is_large_binary,
+    pa.types.is_binary_view,
 )
 
 
-def _read_parquet(slice_: Slice, source: SourceConfig) -> Iterator[Document]:
-    (url,) = slice_.files
-    filesystem, path = filesystem_at(url)
-    with filesystem.open(path, "rb", block_size=2**22) as handle:
-        file = pq.ParquetFile(handle, pre_buffer=False)
-        for group in range(slice_.start, slice_.stop):
-            column = file.read_row_group(group, columns=[source.text_column]).column(0)
-            if pa.types.is_dictionary(column.type):
-                column = column.cast(column.type.value_type)
-            if not any(is_text(column.type) for is_text in _TEXT_TYPES):
-                raise ValueError(f"The column {source.text_column!r} of {url} holds {column.type}, not text.")
-            for chunk in column.chunks:
-                # As bytes: a file may claim UTF-8 and not hold it.
-                for raw in chunk.cast(pa.large_binary()):
-                    yield (None, NO_TEXT) if not raw.is_valid else _decode(raw.as_py(), source, url)
-
-
-def _decode(raw: bytes, source: SourceConfig, where: str) -> Document:
+def _read_parquet(file: File, stream: IO[bytes], source: SourceConfig, start: int, stop: int) -> Iterator[Document]:
     try:
-        return raw.decode("utf-8"), ""
+        parquet = pq.ParquetFile(stream, pre_buffer=False)
+        if source.text_column not in parquet.schema_arrow.names:
+            found = ", ".join(parquet.schema_arrow.names)
+            raise ValueError(f"{file.where} has no column {source.text_column!r}; it has {found}.")
+        for group in range(start, parquet.num_row_groups if stop < 0 else stop):
+            column = parquet.read_row_group(group, columns=[source.text_column]).column(0)
+            yield from _read_column(file, column, source)
+    except pa.ArrowException as error:
+        raise Damaged(str(error).splitlines()[0].removesuffix(".")) from None
+    except OSError as error:
+        if error.errno is not None:  # the file system's; Arrow's own have no number
+            raise
+        raise Damaged(str(error).splitlines()[0].removesuffix(".")) from None
+
+
+def _read_column(file: File, column: pa.ChunkedArray, source: SourceConfig) -> Iterator[Document]:
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_null(column.type):
+        yield from [(None, NO_TEXT)] * len(column)
+        return
+    if not any(is_text(column.type) for is_text in _TEXT_TYPES):
+        raise ValueError(f"The column {source.text_column!r} of {file.where} holds {column.type}, not text.")
+    for chunk in column.chunks:
+        # As bytes: a file may claim UTF-8 and not hold it.
+        for raw in chunk.cast(pa.large_binary()):
+            yield (None, NO_TEXT) if not raw.is_valid else _decode(raw.as_py(), source, file.where)
+
+
+# Characters -------------------------------------------------------------------------------------------------------
+
+
+def _decode(raw: bytes, source: SourceConfig, where: str, charset: str = "utf-8") -> Document:
+    """Decode a document by its byte order mark, or else by its charset."""
+    codec, mark = codec_of(raw)
+    if not mark:
+        codec = charset
+    try:
+        return raw[mark:].decode(codec), ""
+    except LookupError:
+        return _decode(raw, source, where)  # a charset that nobody knows
     except UnicodeDecodeError as error:
+        name = codec.removesuffix("-le").removesuffix("-be").upper()
         if source.invalid_text == "fail":
             raise ValueError(
-                f"A document of {where} is not valid UTF-8 at its byte {error.start}; source.invalid_text can be"
-                f" replace or skip."
+                f"A document of {where} is not valid {name} at its byte {error.start + mark};"
+                f" source.invalid_text can be replace or skip."
             ) from None
         if source.invalid_text == "skip":
             return None, INVALID_UTF8
-        return raw.decode("utf-8", errors="replace"), REPLACED
+        return raw[mark:].decode(codec, errors="replace"), REPLACED
 
 
 def _without_surrogates(text: str, source: SourceConfig, where: str) -> Document:
@@ -313,29 +375,32 @@ def _normalised(documents: Iterator[Document], source: SourceConfig) -> Iterator
 # A sample ---------------------------------------------------------------------------------------------------------
 
 
-def iterate_text(source: SourceConfig, sample_bytes: int, slice_bytes: int = 2**25) -> Iterator[str]:
+def sample_documents(source: SourceConfig, sample_bytes: int, found: list[Slice]) -> Iterator[Document]:
     """Yield about `sample_bytes` of the corpus, the same each time, from slices spread over all of it.
 
     Of each slice at most an eighth of the sample is taken, so that one large file cannot fill it alone where there
     are others.
     """
-    found = slices(source, slice_bytes)
-    found.sort(key=lambda slice_: hashlib.sha256(slice_.name.encode()).digest())
-    share = sample_bytes if len(found) == 1 else max(sample_bytes // min(len(found), 8), 2**20)
+    found = sorted(found, key=lambda slice_: hashlib.sha256(slice_.name.encode()).digest())
+    share = sample_bytes if len(found) <= 1 else max(sample_bytes // min(len(found), 8), 2**20)
     left = sample_bytes
     for slice_ in found:
         if left <= 0:
             return
         left_here = share
-        pieces = read_pieces(slice_, source, slice_bytes) if slice_.is_stream else iter([None])
-        for piece in pieces:
-            for text, _ in read(slice_, source, piece):
-                if text is None:
-                    continue
-                yield text[:left]
-                size = len(text.encode("utf-8", "replace"))
-                left, left_here = left - size, left_here - size
-                if min(left, left_here) <= 0:
-                    break
+        pieces = read_pieces(slice_, source, SAMPLE_SLICE_BYTES) if slice_.is_stream else [None]
+        for text, note in chain.from_iterable(read(slice_, source, piece) for piece in pieces):
+            if text is None:
+                yield None, note
+                continue
+            yield text[:left], note
+            size = len(text.encode("utf-8", "replace"))
+            left, left_here = left - size, left_here - size
             if min(left, left_here) <= 0:
                 break
+
+
+def iterate_text(source: SourceConfig, sample_bytes: int) -> Iterator[str]:
+    """Yield the texts of a sample of the corpus."""
+    found = slices(source, SAMPLE_SLICE_BYTES)
+    return (text for text, _ in sample_documents(source, sample_bytes, found) if text is not None)

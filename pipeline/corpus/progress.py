@@ -28,10 +28,18 @@ class Progress:
     """Shows how much of `total` is done, in `unit` ("B", " files", " steps"); `done` was finished before it began.
 
     A total may be an estimate: it grows where more is done, and a `finish` makes it what was done. None: unknown.
+    What is finished within `silent_seconds` shows nothing at all.
     """
 
     def __init__(
-        self, label: str, total: float | None, unit: str = "B", *, done: float = 0, stream: IO[str] | None = None
+        self,
+        label: str,
+        total: float | None,
+        unit: str = "B",
+        *,
+        done: float = 0,
+        silent_seconds: float = 0,
+        stream: IO[str] | None = None,
     ) -> None:
         stream = stream or sys.stderr
         is_terminal = stream.isatty()
@@ -46,7 +54,7 @@ class Progress:
             nrows=2,  # one line is shown; a terminal that claims to have no rows would get none
             bar_format=OPEN_LINE if total is None else BAR if is_terminal else LINE,
             mininterval=BAR_SECONDS if is_terminal else LINE_SECONDS,
-            delay=0 if is_terminal else LINE_SECONDS,
+            delay=silent_seconds or (0 if is_terminal else 1e-9),  # without a delay tqdm shows that nothing is done yet
             miniters=1,  # look at the clock at every call: amounts differ too much to guess when a line is due
         )
 
@@ -82,7 +90,7 @@ class _TerminalBar(tqdm):
 
 
 class _PlainLines(_TerminalBar):
-    """tqdm where nothing can be rewritten: whole lines, none before the first ten seconds."""
+    """tqdm where nothing can be rewritten: whole lines, and none for having begun."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         print(str(self).rstrip().replace(",  ", ", "), file=self.fp, flush=True)
@@ -90,7 +98,8 @@ class _PlainLines(_TerminalBar):
 
     def close(self) -> None:
         if not self.disable:
-            self.display()
+            if self._time() - self.start_t >= self.delay:
+                self.display()
             self.disable = True
             self._decr_instances(self)
 

@@ -24,6 +24,7 @@ from pipeline.artifacts import Artifact, FileRecord
 from pipeline.config import PrepareConfig, SourceConfig
 from pipeline.corpus.files import Slice
 from pipeline.corpus.formats import Piece, read_pieces
+from pipeline.corpus.omissions import Omissions
 from pipeline.corpus.progress import Progress
 
 SPLITS = ("train", "val")
@@ -71,6 +72,7 @@ class Tally:
     source_bytes: int = 0  # of text that was read, dropped or not
     lengths: list[int] = field(default_factory=lambda: [0] * 40)  # documents of 2^(i-1) to 2^i - 1 tokens
     lowest_hash: int = 2**64  # of the documents in train: the first to move if val has none
+    lowest_val_hash: int = 2**64
     val_below: int = 0
     files: dict[str, FileRecord] = field(default_factory=dict)
 
@@ -82,6 +84,7 @@ class Tally:
         self.source_bytes += other.source_bytes
         self.lengths = [mine + theirs for mine, theirs in zip(self.lengths, other.lengths, strict=True)]
         self.lowest_hash = min(self.lowest_hash, other.lowest_hash)
+        self.lowest_val_hash = min(self.lowest_val_hash, other.lowest_val_hash)
         self.files.update(other.files)
 
     def to_json(self) -> str:
@@ -94,6 +97,10 @@ class Tally:
         facts["dropped"] = Counter(facts["dropped"])
         facts["files"] = {name: FileRecord(**record) for name, record in facts["files"].items()}
         return cls(**facts)
+
+    @property
+    def omissions(self) -> Omissions:
+        return Omissions(self.documents, self.dropped, self.replaced)
 
     @property
     def documents(self) -> int:
@@ -270,5 +277,5 @@ def _sentence(error: BaseException, slice_: Slice) -> str:
     text = " ".join(str(error).split()).removesuffix(".")
     if isinstance(error, ValueError):
         return f"{text}."
-    what = slice_.files[0] if slice_.files else slice_.format
-    return f"Reading {what} or writing its shards failed ({type(error).__name__}: {text})."
+    what = slice_.files[0].where if slice_.files else slice_.format
+    return f"Writing the shards of {what} failed ({type(error).__name__}: {text})."

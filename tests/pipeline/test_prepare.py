@@ -19,6 +19,7 @@ from model.tokenizer import Tokenizer, train_bpe
 from pipeline import prepare
 from pipeline.artifacts import Artifact, Manifest, artifact_at
 from pipeline.config import Config, load_config
+from pipeline.corpus.files import fingerprint_source
 
 WORDS = "the map of an iterable yields results and function argument returns value when object called".split(" ")  # noqa: SIM905
 REPOSITORY = Path(__file__).parents[2]
@@ -150,6 +151,52 @@ def test_two_documents_are_enough_for_a_held_out_one(ray_session: None, tmp_path
     config = configure(storage, write_jsonl(tmp_path / "x.jsonl", ["one text", "another text"]))
     _, manifest = run(config, storage)
     assert [manifest.counts[split]["documents"] for split in ("train", "val")] == [1, 1]
+
+
+def test_of_two_documents_that_both_hash_into_validation_one_is_trained_on(
+    ray_session: None, tmp_path: Path, storage: str
+) -> None:
+    config = configure(
+        storage,
+        write_jsonl(tmp_path / "x.jsonl", ["one text", "another text"]),
+        **{"prepare.validation_fraction": 0.999999},
+    )
+    output, manifest = run(config, storage)
+    assert [manifest.counts[split]["documents"] for split in ("train", "val")] == [1, 1]
+    tokenizer = tokenizer_in(storage)[1]
+    assert sorted(read_texts(output, tokenizer, "train") + read_texts(output, tokenizer, "val")) == [
+        "another text",
+        "one text",
+    ]
+
+
+def test_what_was_lost_is_on_the_screen(
+    ray_session: None, tmp_path: Path, storage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    lines = [json.dumps({"text": text}).encode() for text in make_texts(20)]
+    (folder / "x.jsonl").write_bytes(b"\n".join([*lines, b"{broken", b'{"text": "m\xffnded text"}', b""]))
+    (folder / "y.pdf").write_bytes(b"%PDF")
+    _, manifest = run(configure(storage, folder), storage)
+    said = capsys.readouterr()
+    lost = "dropped 1: 1 not JSON; 1 kept with characters replaced that are not valid UTF-8"
+    assert said.out.splitlines()[-1] == f"prepare   kept 21 of 22 documents; {lost}; files not read: 1 .pdf"
+    assert "prepare   WARNING: 9.1% of the documents were lost" in said.err
+    assert "prepare   WARNING: 1 of 2 files were not read, because of their endings: 1 .pdf." in said.err
+    assert "prepare   WARNING: The validation split has" in said.err
+    assert manifest.counts["files_not_read"] == {".pdf": 1}
+
+
+def test_a_source_that_changed_since_it_was_listed_is_not_committed_under_its_fingerprint(
+    ray_session: None, tmp_path: Path, storage: str
+) -> None:
+    config = configure(storage, write_jsonl(tmp_path / "x.jsonl", make_texts(50)))
+    fingerprint_source(config.source)
+    write_jsonl(tmp_path / "x.jsonl", make_texts(25))
+    with pytest.raises(ValueError, match=r"x\.jsonl changed while it was read"):
+        run(config, storage)
+    assert not list(Path(storage).glob("test/prepare-*/manifest.json"))
 
 
 def test_the_split_of_a_document_does_not_move(ray_session: None, tmp_path: Path, storage: str) -> None:

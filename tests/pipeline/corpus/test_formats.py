@@ -1,15 +1,12 @@
 """Every format and layout gives its documents once, in order, however it is cut."""
 
-import bz2
 import gzip
 import http.server
-import io
 import json
 import lzma
 import os
 import subprocess
 import sys
-import tarfile
 import textwrap
 import threading
 import urllib.parse
@@ -19,52 +16,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
-from warcio.warcwriter import WARCWriter
 
 from pipeline.config import SourceConfig
 from pipeline.corpus import python_docs
 from pipeline.corpus.files import find_files, fingerprint_source, slices
-from pipeline.corpus.formats import iterate_text, read, read_pieces
-
-TEXTS = [
-    "The first document.",
-    "A second one,\nof two lines.",
-    "Третий документ и 漢字",
-    "x" * 3000,
-    "nul \0 and \r\n breaks <|endoftext|>",
-    *(f"Document number {n} holds {'word ' * (n % 40)}" for n in range(60)),
-]
-
-
-def documents(source: SourceConfig, slice_bytes: int = 2000) -> list[str]:
-    return [text for text, _ in pairs(source, slice_bytes) if text is not None]
-
-
-def pairs(source: SourceConfig, slice_bytes: int = 2000) -> list[tuple[str | None, str]]:
-    """Read everything, in the order in which shards are numbered."""
-    found = []
-    for slice_ in slices(source, slice_bytes):
-        for piece in read_pieces(slice_, source, slice_bytes) if slice_.is_stream else [None]:
-            found += read(slice_, source, piece)
-    return found
-
-
-def jsonl(texts: list[str]) -> bytes:
-    return b"".join(json.dumps({"text": text, "id": i}).encode() + b"\n" for i, text in enumerate(texts))
-
-
-def files(*paths: Path, **settings: str) -> SourceConfig:
-    return SourceConfig(kind="files", paths=[str(path) for path in paths], **settings)
-
-
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {
-    "": bytes,
-    ".gz": gzip.compress,
-    ".zst": zstandard.compress,
-    ".xz": lzma.compress,
-    ".bz2": bz2.compress,
-}
+from pipeline.corpus.formats import sample_documents
+from tests.pipeline.corpus.tiny_corpus import COMPRESS, TEXTS, documents, files, jsonl, pairs, tar_of
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
@@ -97,32 +54,6 @@ def test_parquet_is_cut_between_row_groups(tmp_path: Path, slice_bytes: int) -> 
     source = files(tmp_path, text_column="body")
     assert documents(source, slice_bytes) == TEXTS
     assert len(slices(source, 100)) > 5
-
-
-def test_warc_gives_its_plain_text(tmp_path: Path) -> None:
-    with open(tmp_path / "crawl.warc.wet.gz", "wb") as stream:
-        writer = WARCWriter(stream, gzip=True)
-        writer.write_record(writer.create_warcinfo_record("crawl", {"software": "test"}))
-        for index, text in enumerate(TEXTS):
-            writer.write_record(
-                writer.create_warc_record(
-                    f"http://example.org/{index}",
-                    "conversion",
-                    payload=io.BytesIO(text.encode()),
-                    warc_content_type="text/plain",
-                )
-            )
-    assert documents(files(tmp_path)) == TEXTS
-
-
-def tar_of(members: dict[str, bytes], mode: str = "w") -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as archive:  # type: ignore[call-overload]
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
 
 
 RAW = [f"\n\n Title {n}\n\n\n\n\nBody of {n}.\n\n\nEnd. \n" for n in range(24)]
@@ -311,7 +242,7 @@ def test_lines_without_text_are_told_apart(tmp_path: Path) -> None:
     ("name", "content", "complaint"),
     [
         ("x.jsonl", b'{"body": "a"}\n', "has no column 'text'; it has body"),
-        ("x.parquet", b"PAR1 no", "is not a Parquet file"),
+        ("x.parquet", b"PAR1 no", "is damaged or not a Parquet file"),
         ("x.jsonl.gz", b"not gzip at all", "is damaged"),
         ("x.jsonl.gz", gzip.compress(jsonl(TEXTS))[:-20], "is damaged"),
         ("x.jsonl.zst", b"not zstd at all!", "is damaged"),
@@ -345,7 +276,7 @@ def test_globs_and_folders_and_files_come_in_order_and_once(tmp_path: Path) -> N
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     found = find_files(files(tmp_path / "b.txt", tmp_path / "*.txt", tmp_path))
-    assert [Path(file.url).name for file in found] == ["a.txt", "b.txt", "c.txt"]
+    assert [Path(file.url).name for file in found.files] == ["a.txt", "b.txt", "c.txt"]
 
 
 def test_the_fingerprint_follows_the_files(tmp_path: Path) -> None:
@@ -359,8 +290,9 @@ def test_the_fingerprint_follows_the_files(tmp_path: Path) -> None:
 def test_a_sample_is_bounded_and_spread_over_the_corpus(tmp_path: Path) -> None:
     for name in "abcdefgh":
         (tmp_path / f"{name}.jsonl").write_bytes(jsonl([name * 1000] * 4000))
-    sample = list(iterate_text(files(tmp_path), 8_000_000, slice_bytes=10**6))
-    assert sample == list(iterate_text(files(tmp_path), 8_000_000, slice_bytes=10**6))
+    source = files(tmp_path)
+    sample = [text or "" for text, _ in sample_documents(source, 8_000_000, slices(source, 10**6))]
+    assert sample == [text for text, _ in sample_documents(source, 8_000_000, slices(source, 10**6))]
     assert 7_990_000 <= sum(map(len, sample)) <= 8_000_000
     assert len({text[0] for text in sample}) >= 5
 
@@ -371,3 +303,54 @@ def test_pythons_documentation_is_prose_and_always_the_same() -> None:
     assert 250_000 < sum(len(text.encode()) for text in first) <= 300_000
     assert len(set(first)) == len(first) > 50
     assert not any(">>>" in text for text in first)
+
+
+# However it is cut, and whatever is in it.
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_no_place_to_cut_splits_a_document_of_blank_lines(tmp_path: Path, ending: str) -> None:
+    blocks = ["a", "bc\nd", "  \t e\nf", "g h\n.", "\ufeffi", "jklm\n\tn", "o"]
+    content = "\n\n".join(blocks).encode().replace(b"bc\n", b"bc\r\n").replace(b"\n\no", b" \n \r\n\no")
+    path = tmp_path / f"x.txt{ending}"
+    path.write_bytes(COMPRESS[ending](content))
+    expected = [block.replace("bc\n", "bc\r\n") for block in blocks]
+    expected[-2] += " "
+    expected[4] = "i"  # of two files that were joined the second's mark is no text either
+    source = files(path, split_text="blank-lines")
+    for slice_bytes in range(1, len(content) + 2):
+        assert documents(source, slice_bytes) == expected, slice_bytes
+
+
+def test_rows_without_the_column_are_the_same_however_they_are_cut(tmp_path: Path) -> None:
+    rows = [{"text": f"document {n}"} if n % 11 == 7 else {"other": n} for n in range(40)]
+    content = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    expected = [(row["text"], "") if "text" in row else (None, "no text") for row in rows]
+    for name, ending in (("x.jsonl", ""), ("y.jsonl.gz", ".gz")):
+        (tmp_path / name).write_bytes(COMPRESS[ending](content))
+        for slice_bytes in (10, 50, 10**6):
+            assert pairs(files(tmp_path / name), slice_bytes) == expected
+        without = content.replace(b'"text"', b'"body"')
+        (tmp_path / name).write_bytes(COMPRESS[ending](without))
+        for slice_bytes in (10, 50, 10**6):
+            with pytest.raises(ValueError, match="has no column 'text'; it has body, other"):
+                pairs(files(tmp_path / name), slice_bytes)
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        (pa.nulls(2), [(None, "no text")] * 2),
+        (pa.array([b"a", None], pa.binary_view()), [("a", ""), (None, "no text")]),
+        (pa.array(["a", None], pa.string_view()), [("a", ""), (None, "no text")]),
+        (pa.array(["a", "a"]).dictionary_encode(), [("a", ""), ("a", "")]),
+        (pa.array([], pa.string()), []),
+    ],
+)
+def test_parquet_columns_of_every_kind_that_can_hold_text(
+    tmp_path: Path, column: pa.Array, expected: list[tuple[str | None, str]]
+) -> None:
+    pq.write_table(pa.table({"text": column}), tmp_path / "x.parquet")
+    assert pairs(files(tmp_path)) == expected
+    source = files(tmp_path)
+    assert list(sample_documents(source, 1000, slices(source, 10**6))) == expected

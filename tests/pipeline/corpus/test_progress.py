@@ -20,7 +20,7 @@ def test_in_a_log_each_line_is_whole_and_says_label_amount_rate_and_time_left(mo
     with Progress("prepare", 8e6, stream=log) as shown:
         shown.add(2e6, "1,204 documents")
         shown.add(6e6, "4,816 documents")
-    _, first, *_, last = log.getvalue().splitlines()
+    first, *_, last = log.getvalue().splitlines()
     assert re.fullmatch(r"prepare   2\.00MB of 8\.00MB, [\d.]+[kMG]?B/s, \d\d:\d\d left, 1,204 documents", first)
     assert last.startswith("prepare   8.00MB of 8.00MB")
     assert "\r" not in log.getvalue()
@@ -69,3 +69,10 @@ def test_without_a_total_there_is_no_time_left_to_tell() -> None:
     with Progress("listing", None, " files", stream=log) as shown:
         shown.add(7)
     assert re.fullmatch(r"listing   7 files, .* files/s\n", log.getvalue())
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
+def test_what_is_done_at_once_can_be_silent(stream: io.StringIO) -> None:
+    with Progress("listing", None, " files", silent_seconds=5, stream=stream) as shown:
+        shown.add(7)
+    assert stream.getvalue() == ""

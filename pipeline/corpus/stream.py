@@ -24,8 +24,9 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +54,27 @@ class Batch:
     step: int = 0
     global_tokens: int = 0  # targets to predict in the whole global batch, over all ranks
 
-    def split(self, micro_batch_sequences: int) -> list["Batch"]:
-        """Cut into micro-batches of at most so many rows; views, nothing is copied."""
-        return [
-            Batch(
-                self.tokens[row : row + micro_batch_sequences],
-                self.targets[row : row + micro_batch_sequences],
-                None if self.document_ids is None else self.document_ids[row : row + micro_batch_sequences],
-                self.step,
-                self.global_tokens,
-            )
-            for row in range(0, len(self.tokens), micro_batch_sequences)
-        ]
+    def split(self, micro_batch_sequences: int, largest_share: int = 0) -> list["Batch"]:
+        """Cut into micro-batches of at most so many rows; views, nothing is copied.
+
+        With `largest_share`, the rows of the rank that has most, every rank gets equally many micro-batches, as
+        FSDP's ranks must: each pass gathers weights from all of them.
+        """
+        rows = len(self.tokens)
+        if not largest_share:
+            return [self._rows(start, start + micro_batch_sequences) for start in range(0, rows, micro_batch_sequences)]
+        count = -(-largest_share // micro_batch_sequences)
+        cuts = [number * rows // count for number in range(count + 1)] if rows >= count else [*range(rows + 1)]
+        parts = [self._rows(start, end) for start, end in pairwise(cuts)]
+        if len(parts) < count:  # a row too few, with one row a pass: the pass that is missing learns nothing
+            first = parts[0]
+            parts.append(replace(first, targets=torch.full_like(first.targets, IGNORED)))
+        assert len(parts) == count, (rows, largest_share)
+        return parts
+
+    def _rows(self, start: int, end: int) -> "Batch":
+        documents = None if self.document_ids is None else self.document_ids[start:end]
+        return replace(self, tokens=self.tokens[start:end], targets=self.targets[start:end], document_ids=documents)
 
 
 def _random_bits(count: int, *facts: Any) -> np.ndarray:

@@ -148,6 +148,8 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
                 writer.start(lambda: store.write(frozen.step, counts, write))
 
     # loop
+    sequences = plan.train.batch_tokens // plan.model.context_length
+    largest_share = math.ceil(sequences / world_size) if strategy == "fsdp" else 0
     batches = stream.batches(history.step, rank, world_size)
     unread: tuple[int, StepMeasures] | None = None  # of the last step: read while a GPU is busy with the next
     stopping = False
@@ -164,7 +166,7 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
             measures = train_step(
                 module,
                 optimizer,
-                batch.split(options.micro_batch_sequences),
+                batch.split(options.micro_batch_sequences, largest_share),
                 step=history.step,
                 global_tokens=batch.global_tokens,
                 precision=precision,

@@ -136,7 +136,7 @@ class TrainConfig:
     recompute_activations: bool = setting(
         False, "keep less for the backward pass and compute it again: slower, less memory", affects_result=False
     )
-    device: str = setting("auto", "auto (GPUs if the cluster has any), cpu or gpu", affects_result=False)
+    device: str = setting("auto", "auto (GPUs if the fewest workers find one each), cpu or gpu", affects_result=False)
     num_workers: Any = setting(
         2, "workers, one per GPU; [least, most] grows and shrinks by itself", affects_result=False
     )

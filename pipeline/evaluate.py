@@ -37,7 +37,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
     trained = inputs["train"].manifest()
     assert trained is not None
     tracking.connect(config)
-    use_gpu = wants_gpu(config.train)
+    use_gpu = wants_gpu(config.train, workers=1, had_gpu=trained.counts.get("device") == "cuda")
     resources = worker_resources(config.train, use_gpu)
     score = ray.remote(score_checkpoint).options(num_gpus=resources.get("GPU", 0), num_cpus=resources["CPU"])
     result = ray.get(score.remote(config, inputs["train"], inputs["prepare"], "cuda" if use_gpu else "cpu"))

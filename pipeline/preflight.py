@@ -329,8 +329,12 @@ class Workers:
     resources: dict[str, float]
     group: PlacementGroup | None
     waited: float
+    note: str = ""  # what there is to say of the device
+    impossible: str = ""  # why training would not even start
 
     def check(self) -> str:
+        if self.impossible:
+            raise Failed(self.impossible)
         wanted = " and ".join(f"{amount:g} {kind}" for kind, amount in self.resources.items() if amount)
         if self.group is None:
             total = ray.cluster_resources()
@@ -340,19 +344,26 @@ class Workers:
                 f" the cluster, with {offered} on {_count(nodes(), 'node')}, could not give it at once"
                 f" (--wait SECONDS waits longer for an autoscaler)."
             )
-        return f"{self.count} × {wanted}, ready after {self.waited:.0f} s"
+        note = f" ({self.note})" if self.note else ""
+        return f"{self.count} × {wanted}, ready after {self.waited:.0f} s{note}"
 
 
 @contextmanager
 def training_workers(config: Config, wait_seconds: float) -> Iterator[Workers]:
     """Reserve what training will reserve; the way to ask an autoscaler for it."""
     count = config.train.fewest_workers
-    resources = worker_resources(config.train, wants_gpu(config.train))
+    notes: list[str] = []
+    try:
+        use_gpu = wants_gpu(config.train, say=notes.append)
+    except ValueError as error:
+        yield Workers(count, {}, None, 0.0, impossible=str(error))
+        return
+    resources = worker_resources(config.train, use_gpu)
     group = placement_group([resources] * count, strategy="PACK")
     began = time.monotonic()
     ready = group.wait(timeout_seconds=wait_seconds)
     try:
-        yield Workers(count, resources, group if ready else None, time.monotonic() - began)
+        yield Workers(count, resources, group if ready else None, time.monotonic() - began, "; ".join(notes))
     finally:
         remove_placement_group(group)
 

@@ -165,6 +165,7 @@ def finish(config: Config, plan: TrainingPlan, result: dict[str, Any]) -> Manife
             "bits_per_byte": history.best_bits_per_byte,
             "best_step": history.best_step,
             "num_parameters": result["num_parameters"],
+            "device": result["device"],  # evaluate asks for its kind
             "restarts": len(history.restarts),
             "skipped_steps": history.skipped_steps,
             "seconds": history.seconds,

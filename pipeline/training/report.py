@@ -141,6 +141,7 @@ class Report:
         return {
             "unsent": self._tracker.close(timeout_seconds=10),
             "num_parameters": self._model.num_parameters(),
+            "device": next(self._model.parameters()).device.type,
             "seconds": self._clock.seconds(),
         }
 

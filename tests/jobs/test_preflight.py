@@ -60,8 +60,8 @@ def test_gpus_that_are_not_there_are_told(config: Config, ray_session: None) -> 
     workers = checks(dataclasses.replace(config, train=train), wait_seconds=0.5)["workers"]
     if workers.ok:
         pytest.skip("this machine has two GPUs")
-    assert "2 × 1 CPU and 1 GPU" in workers.sentence
-    assert "0 GPU" in workers.sentence
+    assert "room for 0 × 1 GPU and 1 CPU" in workers.sentence
+    assert "this cluster does not grow by itself" in workers.sentence
 
 
 def test_storage_that_cannot_be_written_is_told(config: Config, ray_session: None, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from model.checkpoint import save_model
 from model.gpt import GPT
 from model.tokenizer import load_tokenizer
 from model.training import LossModule
+from pipeline import evaluate
 from pipeline.artifacts import Artifact, artifact_at
 from pipeline.config import Config
 from pipeline.evaluate import score_checkpoint
@@ -102,3 +103,20 @@ def test_a_limit_scores_fewer_tokens(config, inputs, tmp_path):
     train, _ = checkpoint(config, inputs, tmp_path)
     short = replace(config, evaluate=replace(config.evaluate, max_tokens=64))
     assert score_checkpoint(short, train, inputs["prepare"])["tokens"] == 64
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_it_asks_for_the_kind_of_device_that_training_had(config, inputs, storage, device, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def wants_gpu(options, *, workers, had_gpu):
+        raise Asked(workers, had_gpu)
+
+    monkeypatch.setattr(evaluate, "wants_gpu", wants_gpu)
+    monkeypatch.setattr(evaluate.tracking, "connect", lambda config: "")
+    trained = artifact_at(storage, config.name, "train", "3" * 20)
+    trained.commit({"device": device}, {})
+    with pytest.raises(Asked) as asked:
+        evaluate.run(config, {**inputs, "train": trained}, artifact_at(storage, config.name, "evaluate", "4" * 20))
+    assert asked.value.args == (1, device == "cuda")

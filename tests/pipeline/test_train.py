@@ -30,6 +30,7 @@ def test_manifest_says_what_was_made(training: Training) -> None:
     assert 0 < counts["bits_per_byte"] < 8
     assert counts["best_step"] in (6, 12)
     assert counts["restarts"] == 0
+    assert counts["device"] == "cpu"
     assert {"loss.png", "config.yaml", "checkpoint/model.safetensors"} <= training.manifest.files.keys()
     assert not any("training_state" in name for name in training.manifest.files)
 

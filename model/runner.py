@@ -7,7 +7,10 @@ place; it is the way for machines without a C++ compiler, elsewhere `KernelRunne
 """
 
 import copy
-from typing import Protocol
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,9 @@ from torch import Tensor, nn
 from model.gpt import GPT, KVCache, ModelConfig
 from model.sequence import Work
 
+# While one engine serves, the next version's engine records its graph on the same GPU. Steps and recordings take turns:
+# what another thread starts during a recording would be lost to it, or end it.
+DEVICE_TURN = threading.Lock()
 WEIGHTS = ("auto", "as_is", "float32", "bfloat16", "int8")
 
 
@@ -83,12 +89,8 @@ def with_weights(model: GPT, weights: str) -> GPT:
     dtype = compute_dtype(model, weights)
     if weights != "int8" and model.embedding.weight.dtype == dtype:
         return model
-    # Tables of rotary angles stay as exact as they are; RMSNorm computes in float32 whatever it is given.
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model = copy.deepcopy(model).to(dtype)
-    for name, buffer in buffers.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, buffer.to(dtype))
+    model.restore_derived()  # the rotary table stays float32: bfloat16 has no number for each position
     if weights == "int8":
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
@@ -111,6 +113,7 @@ class TorchRunner:
         self.width = 1 + self.max_draft_tokens
         self.cache: KVCache = self.model.new_cache(num_slots)
         self.cache_dtype = self.cache.keys.dtype
+        self.turn: AbstractContextManager[Any] = DEVICE_TURN if self.device.type == "cuda" else nullcontext()
         self._graph: torch.cuda.CUDAGraph | None = None
         if use_graph and self.device.type == "cuda":
             self._capture()
@@ -120,19 +123,22 @@ class TorchRunner:
         short = []
         if self.batches_slots:
             short = [item for item in work if len(item.tokens) <= self.width and item.num_logits == len(item.tokens)]
-        batched = self._run_slots(short) if short else {}
-        rows = [batched[item.slot] if item.slot in batched else self._run_chunk(item) for item in work]
-        return torch.cat(rows).float()
+        with self.turn:
+            batched = self._run_slots(short) if short else {}
+            rows = [batched[item.slot] if item.slot in batched else self._run_chunk(item) for item in work]
+            return torch.cat(rows).float()
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, num_tokens: int) -> None:
-        for stored in (self.cache.keys, self.cache.values):
-            stored[:, target, :, :num_tokens] = stored[:, source, :, :num_tokens]
+        with self.turn:
+            for stored in (self.cache.keys, self.cache.values):
+                stored[:, target, :, :num_tokens] = stored[:, source, :, :num_tokens]
 
     @torch.inference_mode()
     def clear(self, slot: int) -> None:
-        self.cache.keys[:, slot] = 0
-        self.cache.values[:, slot] = 0
+        with self.turn:
+            self.cache.keys[:, slot] = 0
+            self.cache.values[:, slot] = 0
 
     def enter_thread(self) -> None:
         """Do nothing: the model's own operations need all of torch's threads."""
@@ -182,13 +188,23 @@ class TorchRunner:
         shape = (self.num_slots, self.width)
         self._tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
         self._positions = torch.full(shape, self.cache.capacity - 1, dtype=torch.long, device=self.device)
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._graph, self._logits = record_graph(lambda: self._forward(self._tokens, self._positions), self.device)
+
+
+def record_graph(compute: Callable[[], Tensor], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """Record what `compute` starts on the GPU, between the steps of other engines; returns the graph and its result.
+
+    Only this thread's calls can spoil the recording: in the default mode, any thread that allocates memory or waits
+    for the GPU, as uploads and samplers do, ends it with an error on both sides.
+    """
+    with DEVICE_TURN:
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(3):  # lets the libraries allocate their workspaces outside the graph
-                self._forward(self._tokens, self._positions)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+                compute()
+        torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._logits = self._forward(self._tokens, self._positions)
-        self._graph = graph
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = compute()
+    return graph, result

@@ -1,8 +1,11 @@
 """What runs the model: the ways agree with one another, and each keeps its slots apart."""
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch import Tensor
 
 from model.cpu.kernel import HugePages, KernelRunner, load_kernel
 from model.gpt import GPT, ModelConfig
-from model.runner import TorchRunner, quantize, with_weights
+from model.runner import DEVICE_TURN, TorchRunner, quantize, record_graph, with_weights
 from model.sequence import Work
 
 VOCABULARY, CONTEXT = 301, 64
@@ -173,6 +176,58 @@ def test_a_cuda_graph_gives_what_its_launches_one_by_one_give(shape: str) -> Non
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
     rows = [19, 29, *range(30, 35), 20]
     torch.testing.assert_close(found[0], expected[rows], atol=1e-2, rtol=1e-2)
+
+
+def test_a_graph_is_recorded_for_its_own_thread_between_the_steps_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+
+    @contextmanager
+    def record(graph: object, *, capture_error_mode: str) -> Iterator[None]:
+        modes.append(capture_error_mode)
+        yield
+
+    names = {"Stream": MagicMock(), "current_stream": MagicMock(), "CUDAGraph": MagicMock(), "stream": nullcontext}
+    for name, stand_in in {**names, "graph": record}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    other = torch_runner("classic")
+    other.turn = DEVICE_TURN  # as it has it on a GPU
+    tokens, order = random_tokens(), []
+
+    def step() -> None:
+        other.run([Work(0, 0, tokens[:5], 1)])
+        order.append("step")
+
+    stepping = threading.Thread(target=step)
+
+    def compute() -> Tensor:
+        if not stepping.ident:
+            stepping.start()
+        stepping.join(timeout=0.1)  # gives it every chance to come between
+        order.append("recorded")
+        return torch.zeros(1)
+
+    _, result = record_graph(compute, torch.device("cpu"))
+    stepping.join(timeout=60)
+    assert order == ["recorded"] * 4 + ["step"], "three to warm up, one recorded, and only then the other's step"
+    assert modes == ["thread_local"]
+    assert result.shape == (1,)
+    with DEVICE_TURN:
+        waiting = [threading.Thread(target=call) for call in (lambda: other.copy(0, 1, 5), lambda: other.clear(2))]
+        for thread in waiting:
+            thread.start()
+            thread.join(timeout=0.1)
+            assert thread.is_alive()
+    for thread in waiting:
+        thread.join(timeout=60)
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_rotary_tables_stay_float32(weights: str) -> None:
+    model = random_model("modern odd")
+    lighter = with_weights(model, weights)
+    assert lighter.embedding.weight.dtype != torch.float32 or weights == "int8"
+    for name in ("cosines", "sines"):
+        assert torch.equal(getattr(lighter, name), getattr(model, name))
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])

@@ -118,7 +118,6 @@ def _bits_per_byte(item: Item, answer: Answer) -> Term:
     return nats / math.log(2), num_bytes
 
 
-ACC = Metric(_accuracy)
 BITS_PER_BYTE = Metric(_bits_per_byte, higher_is_better=False)
 SPACE = " "  # lm-eval puts it before every choice, also where nothing stands before it
 
@@ -145,20 +144,17 @@ def _read_document(row: Mapping[str, Any]) -> Item:
     return Item((str(row["text"]),), counted=(str(row.get("counted", row["text"])),))
 
 
+CHOSEN = {
+    "acc": Metric(_accuracy),
+    "acc_norm": Metric(_accuracy_by_characters),
+    "acc_bytes": Metric(_accuracy_by_bytes),
+    "bits_per_byte": BITS_PER_BYTE,
+}
 EVALUATORS = {
     # Two sentences; the good one should be the likelier.
-    "pair": Evaluator(("good", "bad"), _read_pair, {"acc": ACC, "bits_per_byte": BITS_PER_BYTE}),
+    "pair": Evaluator(("good", "bad"), _read_pair, CHOSEN),
     # A question and some answers; the right one should be the likeliest.
-    "choices": Evaluator(
-        ("context", "choices", "gold"),
-        _read_choices,
-        {
-            "acc": ACC,
-            "acc_norm": Metric(_accuracy_by_characters),
-            "acc_bytes": Metric(_accuracy_by_bytes),
-            "bits_per_byte": BITS_PER_BYTE,
-        },
-    ),
+    "choices": Evaluator(("context", "choices", "gold"), _read_choices, CHOSEN),
     # A text, and how it goes on, as it stands there: what greedy decoding says should be that.
     "continuation": Evaluator(
         ("context", "target"),

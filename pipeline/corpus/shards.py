@@ -5,16 +5,21 @@
 
 The local file is named by the digest of the Parquet file it was decoded from, so runs and artifacts share it
 and it can never be stale.
+
+A shard of conversations has a second column, `learn`: which of a conversation's tokens are learnt. Its flat array is
+of uint32, in which a learnt token carries the bit `LEARNT` and a conversation's last token the bit `LAST`.
 """
 
 import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +36,10 @@ from pipeline.artifacts import Artifact, FileRecord, check_digest
 FOOTER_BYTES = 65_536  # more than the footer of a shard of 50 row groups; a longer one costs a second read
 GIGABYTE = 10**9
 ROW_GROUP_TOKENS = 1_000_000
+# Marks in the flat arrays of conversations; no vocabulary is so large that its ids reach them.
+LEARNT, LAST = np.uint32(1 << 31), np.uint32(1 << 30)
+TOKEN_BITS = np.uint32((1 << 30) - 1)
+LENGTHS = b"conversation_lengths"  # in the footer: how many conversations have how many tokens
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,8 @@ class Shard:
     name: str
     record: FileRecord
     num_tokens: int
-    dtype: str  # uint16 or uint32
+    dtype: str  # uint16 or uint32; of conversations always uint32
+    lengths: Mapping[int, int] | None = None  # of conversations: tokens -> how many have so many; None: text
 
     @property
     def where(self) -> str:
@@ -103,7 +113,11 @@ def _describe(artifact: Artifact, name: str, record: FileRecord) -> Shard:
         ) from None
     if str(value_type) not in ("uint16", "uint32"):
         raise ValueError(f"{artifact.url}/{name} holds tokens as {value_type}; a shard has uint16 or uint32.")
-    return Shard(artifact, name, record, num_tokens, str(value_type))
+    written = (footer.metadata or {}).get(LENGTHS)
+    if written is None:
+        return Shard(artifact, name, record, num_tokens, str(value_type))
+    lengths = {int(length): count for length, count in json.loads(written).items()}
+    return Shard(artifact, name, record, num_tokens, "uint32", lengths)
 
 
 def _column(row_group: pq.RowGroupMetaData) -> pq.ColumnChunkMetaData:
@@ -111,6 +125,12 @@ def _column(row_group: pq.RowGroupMetaData) -> pq.ColumnChunkMetaData:
         if row_group.column(index).path_in_schema.split(".")[0] == "tokens":
             return row_group.column(index)
     raise KeyError("it has no column named tokens")
+
+
+def holds_conversations(artifact: Artifact) -> bool:
+    """Whether the shards' documents are conversations, of which some tokens are learnt and others not."""
+    manifest = artifact.manifest()
+    return manifest is not None and "learnt_tokens" in manifest.counts.get("train", {})
 
 
 def data_digest(shards: list[Shard]) -> str:
@@ -149,7 +169,7 @@ class TokenCache:
                 self._decode(shard)  # then map it again, for another process may evict it in between
 
     def _path(self, shard: Shard) -> Path:
-        return self.folder / f"{shard.record.sha256}.{shard.dtype}"
+        return self.folder / f"{shard.record.sha256}.{shard.dtype if shard.lengths is None else 'marked'}"
 
     def _map(self, shard: Shard) -> np.ndarray:
         path = self._path(shard)
@@ -254,9 +274,11 @@ def _write_tokens(source: Path, shard: Shard, target: Path) -> None:
     """Decode row group by row group, so that memory holds one of them, and check that documents end as one."""
     end_of_text: Any = None
     written = 0
+    columns = ["tokens"] if shard.lengths is None else ["tokens", "learn"]
     with pq.ParquetFile(source, memory_map=True) as parquet, open(target, "wb") as file:
         for group in range(parquet.num_row_groups):
-            for chunk in parquet.read_row_group(group, columns=["tokens"]).column("tokens").chunks:
+            for batch in parquet.read_row_group(group, columns=columns).to_batches():
+                chunk = batch.column("tokens")
                 tokens = np.asarray(chunk.flatten())
                 offsets = np.asarray(chunk.offsets)
                 if (np.diff(offsets) < 1).any():
@@ -265,6 +287,10 @@ def _write_tokens(source: Path, shard: Shard, target: Path) -> None:
                 end_of_text = last[0] if end_of_text is None and len(last) else end_of_text
                 if (last != end_of_text).any():
                     raise ValueError(f"{shard.where} holds a document that does not end with the end-of-text token.")
+                if shard.lengths is not None:
+                    learn = batch.column("learn").flatten().to_numpy(zero_copy_only=False)
+                    tokens = tokens | np.where(learn, LEARNT, np.uint32(0))
+                    tokens[offsets[1:] - offsets[0] - 1] |= LAST
                 file.write(tokens.data)
                 written += len(tokens)
         if written != shard.num_tokens:
@@ -279,13 +305,17 @@ def _write_tokens(source: Path, shard: Shard, target: Path) -> None:
 class ShardWriter:
     """Collects documents into row groups, row groups into files, and writes each file whole."""
 
-    def __init__(self, output: Artifact, name: str, tokenizer: Tokenizer, most_tokens: int = 0) -> None:
+    def __init__(
+        self, output: Artifact, name: str, tokenizer: Tokenizer, most_tokens: int = 0, conversations: bool = False
+    ) -> None:
         """`name` may hold a place for a number: then a new file begins after `most_tokens`."""
         self._output = output
         self._name = name
         self._most_tokens = most_tokens
+        self._conversations = conversations
+        columns = {"tokens": pa.from_numpy_dtype(tokenizer.dtype)} | ({"learn": pa.bool_()} if conversations else {})
         self._schema = pa.schema(
-            [pa.field("tokens", pa.list_(pa.field("element", pa.from_numpy_dtype(tokenizer.dtype), nullable=False)))],
+            [pa.field(name, pa.list_(pa.field("element", kind, nullable=False))) for name, kind in columns.items()],
             metadata={
                 "tokenizer": tokenizer.name,
                 "tokenizer_digest": tokenizer.digest,
@@ -299,10 +329,13 @@ class ShardWriter:
         self._clear_group()
         self._file_tokens = 0
 
-    def add(self, ids: np.ndarray) -> None:
-        """Add one document; its end is marked here."""
-        self._documents += [ids, self._end]
-        self._ends.append(self._ends[-1] + len(ids) + 1)
+    def add(self, ids: np.ndarray, learn: np.ndarray | None = None) -> None:
+        """Add one document; a text's end is marked here, a conversation brings its own, and what is learnt of it."""
+        assert (learn is not None) == self._conversations
+        self._documents += [ids] if self._conversations else [ids, self._end]
+        if learn is not None:
+            self._learn.append(learn)
+        self._ends.append(self._ends[-1] + len(ids) + (not self._conversations))
         if self._ends[-1] >= ROW_GROUP_TOKENS:
             self._write_group()
             if 0 < self._most_tokens <= self._file_tokens:
@@ -316,6 +349,7 @@ class ShardWriter:
 
     def _clear_group(self) -> None:
         self._documents: list[np.ndarray] = []
+        self._learn: list[np.ndarray] = []
         self._ends = [0]
 
     def _write_group(self) -> None:
@@ -323,6 +357,7 @@ class ShardWriter:
             return
         if self._sink is None:
             self._sink = pa.BufferOutputStream()
+            self._lengths: Counter[int] = Counter()
             # Splitting the bytes halves the time of writing, reads faster and is a tenth smaller than a dictionary.
             self._writer = pq.ParquetWriter(
                 self._sink,
@@ -332,17 +367,22 @@ class ShardWriter:
                 column_encoding={"tokens.list.element": "BYTE_STREAM_SPLIT"},
                 write_statistics=False,
             )
-        tokens = pa.array(np.concatenate(self._documents))
-        lists = pa.ListArray.from_arrays(
-            pa.array(np.array(self._ends, dtype=np.int32)), tokens, type=self._schema.field("tokens").type
-        )
-        self._writer.write_table(pa.table([lists], schema=self._schema), row_group_size=len(lists))
+        offsets = pa.array(np.array(self._ends, dtype=np.int32))
+        values = [self._documents] + ([self._learn] if self._conversations else [])
+        lists = [
+            pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(parts)), type=field.type)
+            for field, parts in zip(self._schema, values, strict=True)
+        ]
+        self._writer.write_table(pa.table(lists, schema=self._schema), row_group_size=len(lists[0]))
+        self._lengths.update(np.diff(self._ends).tolist())
         self._file_tokens += self._ends[-1]
         self._clear_group()
 
     def _close_file(self) -> None:
         if self._sink is None:
             return
+        if self._conversations:
+            self._writer.add_key_value_metadata({LENGTHS: json.dumps(dict(sorted(self._lengths.items()))).encode()})
         self._writer.close()
         name = self._name.format(len(self._files))
         self._files[name] = self._output.write_bytes(name, self._sink.getvalue().to_pybytes())

@@ -77,20 +77,27 @@ class Batch:
         return replace(self, tokens=self.tokens[start:end], targets=self.targets[start:end], document_ids=documents)
 
 
-def _random_bits(count: int, *facts: Any) -> np.ndarray:
+def random_bits(count: int, *facts: Any) -> np.ndarray:
     """Random 64-bit integers named by `facts`; raw bits, which numpy promises never to change."""
     digest = hashlib.blake2b(repr(facts).encode(), digest_size=16).digest()
     return np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(count)
 
 
-def _random_order(count: int, *facts: Any) -> np.ndarray:
+def random_order(count: int, *facts: Any) -> np.ndarray:
     """A permutation of range(count) named by `facts`."""
-    return np.argsort(_random_bits(count, *facts), kind="stable")
+    return np.argsort(random_bits(count, *facts), kind="stable")
 
 
 @lru_cache(maxsize=64)
 def _order_of_windows(count: int, name: tuple[str, int], epoch: int) -> tuple[int, ...]:
-    return tuple(_random_order(count, *name, "epoch", epoch).tolist())
+    return tuple(random_order(count, *name, "epoch", epoch).tolist())
+
+
+def rows_of(rank: int, world_size: int, batch_sequences: int) -> tuple[int, int]:
+    """Return the first row of a global batch that is this rank's, and the first behind its share."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"Rank {rank} is not one of {world_size} workers.")
+    return rank * batch_sequences // world_size, (rank + 1) * batch_sequences // world_size
 
 
 class Ring:
@@ -154,16 +161,11 @@ class TokenStream:
         self.pin_memory = pin_memory
         self.shards = open_shards(shards, split)
         self.num_tokens = sum(shard.num_tokens for shard in self.shards)
-        if self.num_tokens < batch_sequences * context_length:
-            raise ValueError(
-                f"The {split} split of {shards.url} holds {self.num_tokens} tokens, and one batch takes"
-                f" {batch_sequences} sequences of {context_length}; add text, or lower train.batch_tokens"
-                " or model.context_length."
-            )
+        self._check_shards(f"The {split} split of {shards.url}")
         self.data_digest = data_digest(self.shards)
         self._name = (self.data_digest, int(seed))
         self._windows = self._divide(window_tokens)
-        self._lengths = [-(-sum(shard.num_tokens for shard in window) // context_length) for window in self._windows]
+        self._lengths = self._count_sequences()
         self.sequences_per_epoch = sum(self._lengths)
         self.steps_per_epoch = -(-self.sequences_per_epoch // batch_sequences)  # to see every token at least once
 
@@ -180,12 +182,17 @@ class TokenStream:
         self._loaders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="token-window")
         self._closed = False
 
+    def _check_shards(self, name: str) -> None:
+        """Raise `ValueError` if these shards cannot be streamed so."""
+        if self.num_tokens < self.batch_sequences * self.context_length:
+            raise ValueError(
+                f"{name} holds {self.num_tokens} tokens, and one batch takes {self.batch_sequences} sequences of"
+                f" {self.context_length}; add text, or lower train.batch_tokens or model.context_length."
+            )
+
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
         """Return this rank's share of global batch `step`: ranks in order, joined, are the global batch."""
-        if not 0 <= rank < world_size:
-            raise ValueError(f"Rank {rank} is not one of {world_size} workers.")
-        first_row = rank * self.batch_sequences // world_size
-        end_row = (rank + 1) * self.batch_sequences // world_size
+        first_row, end_row = rows_of(rank, world_size, self.batch_sequences)
         length = self.context_length
         masked: list[tuple[int, int]] = []
         global_tokens = self.batch_sequences * length
@@ -239,6 +246,9 @@ class TokenStream:
             for sequence in sequences.tolist():
                 index, local = window.ring.locate(window.offset + sequence * self.context_length)
                 rows.append([window.ring.shards[index].name, local])
+        return self._name_batch(step, rows)
+
+    def _name_batch(self, step: int, rows: list[list[Any]]) -> dict[str, Any]:
         return {
             "step": step,
             "epoch": step * self.batch_sequences // self.sequences_per_epoch,
@@ -255,9 +265,13 @@ class TokenStream:
 
     # The order of windows and sequences: arithmetic only, no token is read.
 
+    def _count_sequences(self) -> list[int]:
+        """Return how many sequences each window has, in every epoch."""
+        return [-(-sum(shard.num_tokens for shard in window) // self.context_length) for window in self._windows]
+
     def _divide(self, window_tokens: int) -> list[list[Shard]]:
         """Cut the shards, in a seeded order, into windows of about equal size."""
-        shards = [self.shards[index] for index in _random_order(len(self.shards), *self._name, "windows")]
+        shards = [self.shards[index] for index in random_order(len(self.shards), *self._name, "windows")]
         count = max(1, round(self.num_tokens / window_tokens))
         windows: list[list[Shard]] = [[] for _ in range(count)]
         before = 0
@@ -322,17 +336,21 @@ class TokenStream:
         index = self._window_order(epoch)[place]
         name = (*self._name, "window", epoch, index)
         members = self._windows[index]
-        ring = Ring([members[i] for i in _random_order(len(members), *name, "ring")])
+        ring = Ring([members[i] for i in random_order(len(members), *name, "ring")])
         # The processes of a node start at different shards, so that each decodes some instead of all waiting for one.
         start = os.getpid() * 7919 % len(members)
         turn = [*range(start, len(members)), *range(start)]
         with ThreadPoolExecutor(max_workers=DECODERS) as decoders:
             decoded = dict(zip(turn, decoders.map(self._open_shard, [ring.shards[i] for i in turn]), strict=True))
+        return self._arrange(ring, [decoded[i] for i in range(len(members))], index, name)
+
+    def _arrange(self, ring: Ring, arrays: list[np.ndarray], index: int, name: tuple[Any, ...]) -> Window:
+        """Cut window `index` into its sequences, in the order that `name` stands for."""
         return Window(
             ring=ring,
-            arrays=[decoded[i] for i in range(len(members))],
-            offset=int(_random_bits(1, *name, "offset")[0] % ring.num_tokens),
-            order=_random_order(self._lengths[index], *name, "sequences"),
+            arrays=arrays,
+            offset=int(random_bits(1, *name, "offset")[0] % ring.num_tokens),
+            order=random_order(self._lengths[index], *name, "sequences"),
         )
 
     def _open_shard(self, shard: Shard) -> np.ndarray:

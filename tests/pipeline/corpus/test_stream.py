@@ -15,7 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from pipeline.artifacts import Artifact, record_file
-from pipeline.corpus.stream import IGNORED, Batch, TokenStream, ValidationStream, _random_order, validation_batches
+from pipeline.corpus.stream import IGNORED, Batch, TokenStream, ValidationStream, random_order, validation_batches
 
 END = 0
 Corpus = Sequence[Sequence[Sequence[int]]]  # shards of documents of tokens
@@ -110,7 +110,7 @@ def test_each_epoch_and_each_seed_has_an_order_of_its_own(artifact: Artifact, tm
 
 def test_the_order_is_the_same_on_every_machine_and_in_every_version() -> None:
     # Digests of Parquet files name their writer's version, so the permutation alone is pinned here.
-    assert _random_order(12, "a digest", 1337, "epoch", 2).tolist() == [11, 6, 9, 5, 8, 4, 10, 3, 2, 7, 1, 0]
+    assert random_order(12, "a digest", 1337, "epoch", 2).tolist() == [11, 6, 9, 5, 8, 4, 10, 3, 2, 7, 1, 0]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])

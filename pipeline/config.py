@@ -10,16 +10,16 @@ import dataclasses
 import difflib
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from model.config import ModelConfig, OptimizerConfig
-from model.settings import require, setting
+from model.settings import read_value, require, setting
 from model.tokenizer import NAMED_TOKENIZERS
+from pipeline.presets import find_preset, read_preset
 
 # Which files hold text: ending -> format. Behind it the ending of a compression may stand.
 FORMAT_OF_ENDING = {
@@ -137,7 +137,7 @@ class TrainConfig:
         False, "keep less for the backward pass and compute it again: slower, less memory", affects_result=False
     )
     device: str = setting("auto", "auto (GPUs if the fewest workers find one each), cpu or gpu", affects_result=False)
-    num_workers: Any = setting(
+    num_workers: int | list[int] = setting(
         2, "workers, one per GPU; [least, most] grows and shrinks by itself", affects_result=False
     )
     sharding: str = setting(
@@ -184,13 +184,9 @@ class TrainConfig:
             re.fullmatch(r"[A-Za-z0-9._-]{0,100}", self.run) is not None,
             f"train.run is {self.run!r}; use up to 100 letters, digits, '.', '_' and '-'.",
         )
-        workers = [self.num_workers] if isinstance(self.num_workers, int) else self.num_workers
+        workers = [self.num_workers] * 2 if isinstance(self.num_workers, int) else self.num_workers
         require(
-            isinstance(workers, list)
-            and len(workers) in (1, 2)
-            and all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in workers)
-            and workers == sorted(workers)
-            and (len(workers) == 2 or isinstance(self.num_workers, int)),
+            len(workers) == 2 and 0 < workers[0] <= workers[1],
             f"train.num_workers is {self.num_workers!r}; use a positive number or [least, most].",
         )
 
@@ -228,8 +224,8 @@ class RegisterConfig:
     def __post_init__(self) -> None:
         # MLflow's own rules, said before hours of training and not after.
         require(
-            not set("/:") & set(self.model_name),
-            f"register.model_name is {self.model_name!r}; MLflow allows neither '/' nor ':' in a model's name.",
+            re.fullmatch(r"([^\W_][\w .-]{0,249})?", self.model_name) is not None,
+            f"register.model_name is {self.model_name!r}; use up to 250 letters, digits, spaces, '.', '_' and '-'.",
         )
         require(
             re.fullmatch(r"[\w-]{1,255}", self.alias) is not None
@@ -308,6 +304,28 @@ class Config:
             f"storage is {self.storage!r}; use a local folder or s3://bucket/prefix.",
         )
         require(0 <= self.seed < 2**63, "seed must be at least 0 and below 2^63.")
+        self._check_lengths()
+
+    def _check_lengths(self) -> None:
+        """What must fit the context, said before the stages that come first have run."""
+        context, batch, workers = self.model.context_length, self.train.batch_tokens, self.train.most_workers
+        require(
+            batch % context == 0, f"train.batch_tokens is {batch}, not a multiple of model.context_length, {context}."
+        )
+        require(
+            batch // context >= workers,
+            f"train.batch_tokens={batch} is {batch // context} sequences of {context}, too few for {workers} workers;"
+            f" raise it, or lower train.num_workers.",
+        )
+        for key, prompts, tokens in (
+            ("train.sample_tokens", self.train.sample_prompts, self.train.sample_tokens),
+            ("evaluate.sample_tokens", self.evaluate.prompts, self.evaluate.sample_tokens),
+        ):
+            require(
+                not prompts or tokens < context,
+                f"{key} is {tokens}, which with the prompt before it does not fit model.context_length, {context};"
+                f" lower it.",
+            )
 
     @property
     def registered_name(self) -> str:
@@ -320,36 +338,51 @@ def load_config(preset: str | Path | None, overrides: list[str] | tuple[str, ...
 
     Raises `ValueError` with one sentence that names the setting, and a suggestion where one is near.
     """
-    tree = OmegaConf.structured(Config)
+    values: dict[str, Any] = {}
+    if preset is not None:
+        path = find_preset(preset)
+        try:
+            given_by_key = read_preset(path)
+            for section in sections_of_settings() & {key for key, given in given_by_key.items() if given == ""}:
+                del given_by_key[section]  # nothing stands in it
+            values |= {key: _read(key, given) for key, given in given_by_key.items()}
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    for override in overrides:
+        key, equals, given = override.partition("=")
+        require(bool(equals), f"{override!r} is not a setting; write section.key=value.")
+        values[key.strip()] = _read(key.strip(), given)
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        sections.setdefault(section, {})[name] = value
+    top = sections.pop("", {})
+    kinds = get_type_hints(Config)
+    return Config(**top, **{section: kinds[section](**given) for section, given in sections.items()})
+
+
+def _read(key: str, given: Any) -> Any:
+    _check_key(key)
     try:
-        if preset is not None:
-            if not Path(preset).is_file():
-                presets = ", ".join(sorted(str(path) for path in Path("jobs/presets").glob("*.yaml")))
-                raise ValueError(f"There is no preset {str(preset)!r}; the presets here are: {presets or 'none'}.")
-            loaded = yaml.safe_load(Path(preset).read_text(encoding="utf-8"))
-            require(
-                loaded is None or isinstance(loaded, dict),
-                f"The preset {str(preset)!r} is not a YAML mapping of settings.",
-            )
-            for key in _flatten(loaded or {}):
-                _check_key(key)
-            tree = OmegaConf.merge(tree, OmegaConf.create(loaded or {}))
-        for override in overrides:
-            key, equals, _ = override.partition("=")
-            require(bool(equals), f"{override!r} is not a setting; write section.key=value.")
-            _check_key(key)
-            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
-        config = OmegaConf.to_object(tree)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "a setting"
-        sentence = str(error).splitlines()[0].rstrip(".")
-        if "not a ListConfig" in sentence:
-            sentence = f"it takes a list; write {key}=[first,second]"
-        raise ValueError(f"{key}: {sentence}.") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"Not valid YAML: {' '.join(str(error).split())}.") from None
-    assert isinstance(config, Config)
-    return config
+        return read_value(given, kinds_of_settings()[key])
+    except ValueError as error:
+        raise ValueError(f"{key} is {given!r}; it {error}.") from None
+
+
+@cache
+def kinds_of_settings() -> dict[str, Any]:
+    """The type of every setting, by its dotted key."""
+    kinds: dict[str, Any] = {}
+    for name, kind in get_type_hints(Config).items():
+        if dataclasses.is_dataclass(kind):
+            kinds |= {f"{name}.{leaf}": leaf_kind for leaf, leaf_kind in get_type_hints(kind).items()}
+        else:
+            kinds[name] = kind
+    return kinds
+
+
+def sections_of_settings() -> set[str]:
+    return {key.partition(".")[0] for key in kinds_of_settings() if "." in key}
 
 
 def describe_settings() -> list[tuple[str, Any, str]]:
@@ -387,23 +420,11 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
-def _flatten(tree: dict[Any, Any], prefix: str = "") -> list[str]:
-    keys = []
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict) and prefix == "":
-            keys += _flatten(value, f"{key}.")
-        else:
-            keys.append(key)
-    return keys
-
-
 def _check_key(key: str) -> None:
-    known = [row[0] for row in describe_settings()]
-    sections = {row.partition(".")[0] for row in known if "." in row}
+    known = list(kinds_of_settings())
     if key in known:
         return
-    if key in sections:
+    if key in sections_of_settings():
         raise ValueError(f"{key} is a section; give its settings values: {key}.<setting>=<value>, or nested in YAML.")
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     hint = f" Did you mean {near[0]!r}?" if near else " See --help for all of them."

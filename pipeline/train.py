@@ -20,6 +20,7 @@ from pipeline.training.checkpoints import CheckpointStore
 from pipeline.training.history import History
 from pipeline.training.launch import launch
 from pipeline.training.plan import TrainingPlan, plan_training
+from pipeline.training.samples import check_prompts
 from pipeline.training.tracker import Tracker
 
 FORMAT_VERSION = 1
@@ -75,16 +76,6 @@ def check_inputs(config: Config, inputs: Mapping[str, Artifact]) -> None:
             f" ({counts['vocabulary_size']} tokens, digest {counts['tokenizer_digest'][:12]}…) than the tokenizer at"
             f" {inputs['tokenizer'].url} ({loaded.vocab_size} tokens, {loaded.digest[:12]}…); prepare them again."
         )
-    if batch_tokens % context_length:
-        raise ValueError(
-            f"train.batch_tokens is {batch_tokens}, not a multiple of model.context_length, {context_length}."
-        )
-    most_workers = config.train.most_workers
-    if batch_tokens // context_length < most_workers:
-        raise ValueError(
-            f"train.batch_tokens={batch_tokens} is {batch_tokens // context_length} sequences of {context_length},"
-            f" too few for {most_workers} workers; raise it, or lower train.num_workers."
-        )
     if counts["train"]["tokens"] < batch_tokens + 1:
         raise ValueError(
             f"The corpus is too small: its train split holds {counts['train']['tokens']:,} tokens and one batch takes"
@@ -92,6 +83,12 @@ def check_inputs(config: Config, inputs: Mapping[str, Artifact]) -> None:
         )
     if counts["val"]["tokens"] < 2 or counts["val"]["bytes"] == 0:
         raise ValueError("The corpus has no held-out text: raise prepare.validation_fraction, or add text.")
+    # Those of the evaluation too: it comes after all the work of the training.
+    for key, prompts, num_tokens in (
+        ("train.sample_prompts", config.train.sample_prompts, config.train.sample_tokens),
+        ("evaluate.prompts", config.evaluate.prompts, config.evaluate.sample_tokens),
+    ):
+        check_prompts(loaded, key, prompts, num_tokens, context_length)
 
 
 def open_run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> dict[str, Any]:

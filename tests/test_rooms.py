@@ -56,7 +56,7 @@ def test_imports_run_one_way(module: str) -> None:
 
 
 # Which parts of pipeline/ a part may import.
-FRAME = {"config", "artifacts", "stages", "tracking", "registry", "lease", "preflight", "orchestrator"}
+FRAME = {"config", "presets", "artifacts", "stages", "tracking", "registry", "lease", "preflight", "orchestrator"}
 WINGS = {"corpus", "training", "evaluation", "serving"}
 MAY_IMPORT = {
     "verb": {"frame", *WINGS},

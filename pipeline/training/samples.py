@@ -25,3 +25,14 @@ def write_samples(
             return {prompt: complete(model, tokenizer, prompt, settings) for prompt in prompts}
     finally:
         model.train(was_training)
+
+
+def check_prompts(tokenizer: Tokenizer, key: str, prompts: Sequence[str], num_tokens: int, context_length: int) -> None:
+    """Raise `ValueError` for a prompt that leaves no room in the context for its continuation."""
+    for prompt in prompts:
+        length = max(1, len(tokenizer.encode(prompt)))
+        if length + num_tokens > context_length:
+            raise ValueError(
+                f"{key} holds {prompt!r}, {length} tokens long, which {num_tokens} more are to follow: together they"
+                f" do not fit model.context_length, {context_length}. Shorten it, or lower the number of tokens."
+            )

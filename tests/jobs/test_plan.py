@@ -33,6 +33,7 @@ def test_the_reference_shapes_have_their_parameters(capsys: pytest.CaptureFixtur
 
 def test_what_does_not_fit_says_what_helps(capsys: pytest.CaptureFixture[str]) -> None:
     large = [str(PRESETS[0]), "model.width=16384", "model.num_heads=128", "model.num_layers=24"]
+    large += ["train.batch_tokens=1048576"]
     assert main([*large, "train.num_workers=8"]) == 0
     printed = capsys.readouterr().out
     assert "  does not fit" in printed

@@ -24,6 +24,7 @@ SMALL = [
     "train.batch_tokens=64",
 ]
 SMALL += ["tokenizer.vocabulary_size=300", "train.device=cpu", "stream.window_tokens=100000"]
+SMALL += ["train.sample_tokens=8", "evaluate.sample_tokens=8"]
 
 
 @pytest.fixture

@@ -1,7 +1,10 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from model.settings import setting
 from pipeline.config import describe_settings, load_config, result_settings, to_yaml
@@ -14,9 +17,9 @@ def write_preset(folder: Path, text: str) -> Path:
 
 
 def test_the_command_line_wins_over_the_preset_which_wins_over_the_defaults(tmp_path):
-    preset = write_preset(tmp_path, "name: tiny\ntrain:\n  steps: 7\n  batch_tokens: 512\n")
+    preset = write_preset(tmp_path, "name: tiny\ntrain:\n  steps: 7\n  batch_tokens: 2048\n")
     config = load_config(preset, ["train.steps=9"])
-    assert (config.name, config.train.steps, config.train.batch_tokens) == ("tiny", 9, 512)
+    assert (config.name, config.train.steps, config.train.batch_tokens) == ("tiny", 9, 2048)
     assert config.tokenizer.kind == "bpe"
 
 
@@ -30,7 +33,15 @@ def test_the_resolved_config_reads_back_as_itself(tmp_path):
     [
         ("train.stepz=5", r"There is no setting 'train.stepz'. Did you mean 'train.steps'?"),
         ("trian.steps=5", r"Did you mean 'train.steps'?"),
-        ("train.steps=many", "train.steps: Value 'many'"),
+        ("train.steps=many", "train.steps is 'many'; it takes a whole number"),
+        ("train.steps=", "train.steps is ''; it takes a whole number"),
+        ("train.steps=1.5", "it takes a whole number"),
+        ("train.compile=maybe", "train.compile is 'maybe'; it takes true or false"),
+        ("model.dropout=nan", "model.dropout is 'nan'; it takes a number"),
+        ("train.num_workers=[2,many]", "it takes a whole number, or two in brackets"),
+        ("train.num_workers=[4,2]", "use a positive number or [least, most]"),
+        ("train.num_workers=[2]", "use a positive number or [least, most]"),
+        ("name=", "name is ''; use up to 63"),
         ("train.steps=0", "train.steps must be positive"),
         ("train", "write section.key=value"),
         ("name=Not A Name", "lower-case letters"),
@@ -41,9 +52,14 @@ def test_the_resolved_config_reads_back_as_itself(tmp_path):
         ("seed=-1", "seed must be at least 0"),
         ("storage=gs://bucket", "use a local folder or s3://bucket/prefix"),
         ("storage=s3://", "use a local folder or s3://bucket/prefix"),
-        ("evaluate.prompts=hello", "it takes a list; write evaluate.prompts=[first,second]"),
+        ("evaluate.prompts=hello", "evaluate.prompts is 'hello'; it takes a list; write [first,second]"),
         ("tokenizer.vocabulary_size=99999999999", "at most"),
-        ("register.model_name=a/b", "MLflow allows neither"),
+        ("register.model_name=a/b", "register.model_name is 'a/b'; use up to 250 letters"),
+        ("register.model_name=Ada's", "use up to 250 letters"),
+        ("train.batch_tokens=1000", "train.batch_tokens is 1000, not a multiple of model.context_length, 1024"),
+        ("train.num_workers=300", "is 256 sequences of 1024, too few for 300 workers"),
+        ("model.context_length=64", "train.sample_tokens is 64, which with the prompt before it does not fit"),
+        ("evaluate.sample_tokens=1024", "evaluate.sample_tokens is 1024, which with the prompt"),
         ("register.alias=latest", "neither 'latest' nor 'v1'"),
         ("register.alias=V3", "neither 'latest' nor 'v1'"),
     ],
@@ -55,15 +71,90 @@ def test_a_bad_setting_is_one_sentence(override, sentence):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["- a list", "train: {steps: [", "train:\n  stepz: 3"])
-def test_a_bad_preset_is_one_sentence(tmp_path, text):
+@pytest.mark.parametrize("given", ["/data/run #2/st", "010", "2024.10", "12:30", "no", "null", "[a]", "{a: b}", " x"])
+def test_a_string_setting_takes_its_text_as_it_stands(given):
+    assert load_config(None, [f"source.text_column={given}"]).source.text_column == given
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+@hypothesis_settings(max_examples=100, deadline=None)
+def test_every_text_comes_back_from_the_resolved_config(text, tmp_path_factory):
+    config = load_config(None, [f"source.text_column={text}"])
+    config = replace(config, evaluate=replace(config.evaluate, prompts=[text, "x"]))
+    assert load_config(write_preset(tmp_path_factory.mktemp("preset"), to_yaml(config))) == config
+
+
+@pytest.mark.parametrize("written", ["2024.10", "010", "no", "12:30", "1_0", "null", "'no'", '"a # b"'])
+def test_a_preset_too_takes_strings_as_they_stand(tmp_path, written):
+    preset = write_preset(tmp_path, f"source:\n  text_column: {written}  # the column\n")
+    assert load_config(preset).source.text_column == written.strip("'\"")
+
+
+@pytest.mark.parametrize(
+    ("given", "items"),
+    [
+        ("[He said: hi]", ["He said: hi"]),
+        ("[a,b , c]", ["a", "b", "c"]),
+        ("[]", []),
+        ('["The ", \'it\'\'s, so\', "say \\"x\\""]', ["The ", "it's, so", 'say "x"']),
+        ("[it's #1, no, 010]", ["it's #1", "no", "010"]),
+        ("[books/[a-c]*.txt]", ["books/[a-c]*.txt"]),
+    ],
+)
+def test_the_items_of_a_list_are_texts(given, items):
+    assert load_config(None, [f"evaluate.prompts={given}"]).evaluate.prompts == items
+
+
+def test_numbers_switches_and_ranges_are_read_as_people_write_them():
+    config = load_config(
+        None,
+        ["train.steps=20_000", " seed = 010 ", "train.compile=Yes", "optimizer.beta1=.5", "train.num_workers=[2,4]"],
+    )
+    assert (config.train.steps, config.seed, config.train.compile, config.optimizer.beta1) == (20000, 10, True, 0.5)
+    assert config.train.num_workers == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"- a list", "It is not a YAML mapping of settings"),
+        (b"train: {steps: [", "It is not valid YAML"),
+        (b"train:\n  stepz: 3", "Did you mean 'train.steps'?"),
+        (b"train:\n  steps: [3]", "train.steps is ['3']; it takes a whole number"),
+        (b"train:\n  steps: 3\nname: x\ntrain:\n  run: x", "'train' stands there twice, again in line 4"),
+        (b"train:\n  steps: 3\n  steps: 4", "'steps' stands there twice, again in line 3"),
+        (b"evaluate:\n  prompts: [He said: hi]", "it takes a list of texts; put each into quotes"),
+        ("name: x # \u00e9".encode("latin-1"), "It is not UTF-8 text (byte 10)"),
+        ("name: x".encode("utf-16"), "It is not UTF-8 text"),
+    ],
+)  # fmt: skip
+def test_a_bad_preset_is_one_sentence_that_names_the_file(tmp_path, content, sentence):
+    preset = tmp_path / "preset.yaml"
+    preset.write_bytes(content)
     with pytest.raises(ValueError, match=r".") as caught:
-        load_config(write_preset(tmp_path, text))
+        load_config(preset)
+    assert str(caught.value).startswith(f"{preset}: ")
+    assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
+def test_a_section_with_nothing_in_it_changes_nothing(tmp_path):
+    assert load_config(write_preset(tmp_path, "train:\nname: x\n")) == load_config(None, ["name=x"])
+
+
+def test_a_byte_order_mark_is_no_part_of_a_preset(tmp_path):
+    (tmp_path / "preset.yaml").write_bytes("name: x".encode("utf-8-sig"))
+    assert load_config(tmp_path / "preset.yaml").name == "x"
+
+
+def test_a_preset_goes_by_its_path_or_by_its_name(tmp_path, monkeypatch):
+    by_path = load_config("jobs/presets/demo.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert load_config("demo") == by_path
+
+
 def test_a_missing_preset_names_those_there_are():
-    with pytest.raises(ValueError, match=r"There is no preset 'nowhere.yaml'"):
+    with pytest.raises(ValueError, match=r"There is no preset 'nowhere.yaml'.*one of demo, gpt-53m,"):
         load_config("nowhere.yaml")
 
 

@@ -145,10 +145,13 @@ def check(config: Config, inputs: dict[str, Artifact]) -> None:
 def test_bad_input_is_refused_in_one_sentence(storage: str) -> None:
     config = tiny_config(storage)
     inputs = tiny_inputs(config, documents=20)
+    long = "the cat sat on the mat and " * 5
     for settings, words in (
         (["train.batch_tokens=8192"], "corpus is too small"),
         (["train.batch_tokens=100"], "not a multiple"),
         (["train.num_workers=9"], "too few for 9 workers"),
+        ([f"train.sample_prompts=[{long}]"], "train.sample_prompts holds 'the cat"),
+        ([f"evaluate.prompts=[The, {long}]"], "evaluate.prompts holds 'the cat.*do not fit model.context_length, 32"),
     ):
         with pytest.raises(ValueError, match=words) as raised:
             check(tiny_config(storage, *settings), inputs)

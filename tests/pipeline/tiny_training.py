@@ -43,6 +43,7 @@ SETTINGS = (
     "train.checkpoint_every_steps=4",
     "train.log_every_steps=1",
     "train.sample_tokens=4",
+    "evaluate.sample_tokens=4",
     "train.threads_per_worker=1",
     "train.cpus_per_worker=1",
     "train.precision=float32",

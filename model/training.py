@@ -159,6 +159,11 @@ def parallelize(
         options: Any = {"cpp_wrapper": True} if isinstance(module, SharedLoss) and not recompute else None
         for block in blocks:
             block.compile(dynamic=False, options=options)
+        if strategy == "ddp":
+            from torch._dynamo import config as dynamo
+
+            # Else each block is cut in two where one of DDP's buckets ends, for an overlap that the chain gives anyway.
+            dynamo.optimize_ddp = False
         # The loss's chunks differ only in the last one's length.
         chunk_gradient = torch.compile(cross_entropy_gradient, dynamic=False, options=options)
         model.cross_entropy = partial(chunked_cross_entropy, chunk_gradient=chunk_gradient)

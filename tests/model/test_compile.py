@@ -1,0 +1,92 @@
+"""What `torch.compile` makes of a training: one graph for all blocks, whatever the strategy, and no second compiling."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from model.gpt import GPT, ModelConfig
+from model.optimizer import OptimizerConfig, build_optimizer
+from model.scoring import score_batches
+from model.training import LossModule, parallelize, train_step
+
+# A block of 2 MB: DDP's first bucket, of 1 MB, would end within it.
+MODEL = ModelConfig(num_layers=3, width=256, num_heads=2, context_length=8, mlp_width=512)
+VOCABULARY = 70
+
+
+@dataclass
+class Rows:
+    tokens: Tensor
+    targets: Tensor
+    document_ids: Tensor | None = None
+
+
+class CountingBackend:
+    """Runs what Dynamo traced as it is, and keeps it."""
+
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        self.graphs.append(graph)
+        return graph.forward
+
+
+def count_graphs(strategy: str, recompute: bool = False) -> dict[str, int]:
+    """Train and score by turns; returns the graphs that there were after each turn."""
+    backend, real_compile = CountingBackend(), torch.compile
+    torch._dynamo.reset()
+    counters.clear()
+    def compile_with_counting(function: Any, **asked: Any) -> Any:
+        return real_compile(function, dynamic=asked["dynamic"], backend=backend)
+
+    torch.compile = compile_with_counting  # type: ignore[assignment]
+    try:
+        model = GPT(MODEL, VOCABULARY)
+        module = parallelize(model, strategy=strategy, compile=True, recompute=recompute)
+    finally:
+        torch.compile = real_compile
+    optimizer = build_optimizer(model, OptimizerConfig(kind="adamw"), total_steps=4)
+    scored = module if strategy == "fsdp" else LossModule(model)
+    batch = Rows(torch.randint(0, VOCABULARY, (2, 8)), torch.randint(0, VOCABULARY, (2, 8)))
+    after = {}
+    for step in range(2):
+        train_step(module, optimizer, [batch, batch], step=step, global_tokens=64)
+        after[f"training {step}"] = len(backend.graphs)
+        score_batches(scored, [batch, batch], np.ones(VOCABULARY, dtype=np.int64))
+        after[f"scoring {step}"] = len(backend.graphs)
+    assert not counters["graph_break"], dict(counters["graph_break"])
+    return after
+
+
+# The block and the loss's chunk; and the block once more for scoring, which keeps nothing for a backward pass.
+EXPECTED = {"training 0": 2, "scoring 0": 3, "training 1": 3, "scoring 1": 3}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_one_graph_serves_all_blocks_and_scoring_compiles_once(recompute: bool) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads that share a batch out would each trace it
+    try:
+        assert count_graphs("none", recompute) == EXPECTED
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_neither_ddp_nor_fsdp_cuts_the_blocks(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(count_on_one_rank, args=(2, str(tmp_path / "meeting")), nprocs=2)
+
+
+def count_on_one_rank(rank: int, world_size: int, meeting: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+    for strategy in ("ddp", "fsdp"):
+        assert count_graphs(strategy) == EXPECTED, strategy
+    dist.destroy_process_group()

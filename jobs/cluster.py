@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -34,6 +33,7 @@ from typing import Any
 import psutil
 
 from jobs.command import ENVIRONMENT
+from pipeline.addresses import answers, go_direct, open_own
 
 FOLDER = Path("artifacts/cluster")
 BUCKET = "gpt"
@@ -95,7 +95,7 @@ class Cluster:
 
         self.start(state, "s3", [sys.executable, "-m", "moto.server", "-H", host, "-p", str(ports["s3"])], environment)
         database = self.start_postgresql(state, environment)
-        _wait(state, "s3", lambda: _answers(f"http://{host}:{ports['s3']}/moto-api/"), self.log("s3"))
+        _wait(state, "s3", lambda: answers(f"http://{host}:{ports['s3']}/moto-api/", "Moto"), self.log("s3"))
         self.create_bucket(state)
 
         mlflow = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(ports["mlflow"])]
@@ -128,7 +128,12 @@ class Cluster:
             self.start(state, node, commands[node], environment)
         for node in state.nodes:
             self.start_node(state, node, commands[node], environment)
-        _wait(state, "mlflow", lambda: _answers(f"http://{host}:{ports['mlflow']}/health"), self.log("mlflow"))
+        _wait(
+            state,
+            "mlflow",
+            lambda: answers(f"http://{host}:{ports['mlflow']}/health", "OK"),
+            self.log("mlflow"),
+        )
         if head_is_new:
             _wait(state, "head", lambda: self.has_run_a_job(state), self.log("head"))
         return state
@@ -151,7 +156,7 @@ class Cluster:
     def environment(self, state: State) -> dict[str, str]:
         """The addresses and keys that jobs and people need: what Secrets and ConfigMaps hold on Kubernetes."""
         host, ports = state.address("head"), state.ports
-        return {
+        found = {
             "RAY_API_SERVER_ADDRESS": f"http://{host}:{ports['dashboard']}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
@@ -161,6 +166,8 @@ class Cluster:
             "AWS_DEFAULT_REGION": "us-east-1",
             **json.loads((self.folder / "keys.json").read_text()),
         }
+        go_direct(found["RAY_API_SERVER_ADDRESS"])
+        return found | {name: os.environ[name] for name in ("no_proxy", "NO_PROXY")}
 
     def start(
         self, state: State, name: str, command: Sequence[str], environment: dict[str, str], user: str | None = None
@@ -193,11 +200,10 @@ class Cluster:
         Ray gives a node 30 s to start and then ends it; on a busy machine the second attempt finds it warm.
         """
         address = state.address(node)
-        agent = f"http://{address}:{AGENT_PORT}/api/local_raylet_healthz"
         for attempt in range(1, NODE_ATTEMPTS + 1):
             self.start(state, node, command, environment)
             try:
-                _wait(state, node, lambda: address in self.alive_addresses(state) and _answers(agent), self.log(node))
+                _wait(state, node, lambda: self.is_node_up(state, address), self.log(node))
                 return
             except ChildProcessError:
                 if attempt == NODE_ATTEMPTS:
@@ -242,6 +248,10 @@ class Cluster:
         client = boto3.client("s3", endpoint_url=environment["AWS_ENDPOINT_URL"], region_name="us-east-1", **keys)
         client.create_bucket(Bucket=BUCKET)
 
+    def is_node_up(self, state: State, address: str) -> bool:
+        agent = f"http://{address}:{AGENT_PORT}/api/local_raylet_healthz"
+        return address in self.alive_addresses(state) and answers(agent, "success")
+
     def alive_addresses(self, state: State) -> set[str]:
         """The addresses of the nodes that the head believes alive; none while it does not answer."""
         try:
@@ -271,7 +281,7 @@ class Cluster:
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         url = self.environment(state)["RAY_API_SERVER_ADDRESS"] + path
         data = None if body is None else json.dumps(body).encode()
-        with urllib.request.urlopen(urllib.request.Request(url, data, headers, method=method), timeout=30) as answer:
+        with open_own(urllib.request.Request(url, data, headers, method=method), timeout=30) as answer:
             return json.load(answer)
 
     # ---------------------------------------------------------------- end
@@ -383,16 +393,6 @@ def _wait(state: State, name: str, ready: Callable[[], bool], log: Path) -> None
 
 def _tail(log: Path, lines: int = 5) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
 
 
 def _free_ports(names: Sequence[str]) -> dict[str, int]:

@@ -89,8 +89,11 @@ class Command:
 
 def set_environment() -> None:
     """Give Ray and MLflow the defaults that this project needs; call it before importing either."""
+    from pipeline import addresses
+
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    addresses.go_direct()
 
 
 def explain(error: BaseException) -> str | None:

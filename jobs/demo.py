@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from jobs.command import Command, ray_session
+from pipeline import addresses
 from pipeline.config import Config
 
 QUESTION = "Return a new"
@@ -69,7 +70,7 @@ def ask(address: str, model: str, prompt: str) -> Iterator[str]:
     request = urllib.request.Request(
         f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=120) as response:
+    with addresses.open_own(request, timeout=120) as response:
         for line in response:
             event = line.decode().removeprefix("data:").strip()
             if event and event != "[DONE]":

@@ -94,6 +94,10 @@ def connect(address: str) -> "JobSubmissionClient":
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    from pipeline import addresses
+
+    addresses.go_direct(address)
+
     try:
         return JobSubmissionClient(address)
     except AuthenticationError:

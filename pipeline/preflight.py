@@ -15,7 +15,6 @@ import socket
 import tempfile
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from model.gpt import count_parameters
-from pipeline import tracking
+from pipeline import addresses, tracking
 from pipeline.artifacts import filesystem_of, resolve_storage
 from pipeline.config import Config
 from pipeline.corpus.shards import default_cache_folder
@@ -137,12 +136,16 @@ def check_authentication() -> str:
             raise Failed("Start every node with RAY_AUTH_MODE=token and one token (infra/SECURITY.md).")
         return "no dashboard runs"
     try:
-        with urllib.request.urlopen(f"http://{url}/api/jobs/", timeout=10):
+        with addresses.open_own(f"http://{url}/api/jobs/", timeout=10):
             pass
     except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
+        # Ray's own words: another's 403 on the way would say nothing about the dashboard.
+        if error.code in (401, 403) and b"authentication token" in error.read(1000):
             return f"the dashboard at {url} refuses strangers"
-        raise Failed(f"The dashboard at {url} answers {error.code}; look into its log on the head node.") from None
+        raise Failed(
+            f"What answers {error.code} at {url} is not Ray's dashboard asking for a token; look into the dashboard's"
+            f" log on the head node, and at what listens on that port."
+        ) from None
     host = url.rpartition(":")[0]
     if not many and host in ("127.0.0.1", "localhost", "[::1]"):
         return "off, and the dashboard listens on this machine alone"
@@ -293,7 +296,7 @@ def send_artifact(uri: str, experiment: str, size: int) -> float:
     from mlflow import MlflowClient
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-    tracking.fail_soon()
+    tracking.prepare_client(uri)
     client = MlflowClient(tracking_uri=uri)
     found = client.get_experiment_by_name(experiment)
     if found is None:

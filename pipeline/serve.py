@@ -42,7 +42,7 @@ class CompletionServer:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, name: str, settings: ServeConfig, tracking_uri: str, keys: tuple[ApiKey, ...]
     ) -> None:
-        tracking.fail_soon()
+        tracking.prepare_client(tracking_uri)
         mlflow.set_tracking_uri(tracking_uri)
         device = choose_device(settings)
         if settings.threads or device.type == "cpu":

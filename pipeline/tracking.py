@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline import addresses
 from pipeline.artifacts import Artifact, resolve_storage
 from pipeline.config import Config
 
@@ -45,7 +46,7 @@ def connect(config: Config) -> str:
         storage = resolve_storage(config.storage)
         Path(storage).mkdir(parents=True, exist_ok=True)
         artifact_root = f"{storage}/mlflow"
-    fail_soon()
+    prepare_client(uri)
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking.fluent"):
         logging.getLogger(name).setLevel(logging.WARNING)  # else a page of migrations at the first use
     mlflow.set_tracking_uri(uri)
@@ -111,8 +112,10 @@ def address(config: Config) -> str:
     return uri or f"sqlite:///{storage}/mlflow.db"
 
 
-def fail_soon() -> None:
-    """Have MLflow's HTTP client give up in seconds, not in the quarter of an hour that is its default."""
+def prepare_client(uri: str) -> None:
+    """Have MLflow's HTTP client give up in seconds, not in the quarter of an hour that is its default, and go past
+    any proxy where the server is our own."""
+    addresses.go_direct(uri)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.tracking import fail_soon, first_line
+from pipeline.tracking import first_line, prepare_client
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Tracker:
     ) -> None:
         import mlflow
 
-        fail_soon()
+        prepare_client(uri)
         self._client = mlflow.MlflowClient(tracking_uri=uri)
         self._run_id = run_id
         self._resumed = resumed  # the run may hold steps already: ask before sending

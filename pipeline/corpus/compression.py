@@ -22,6 +22,7 @@ from pipeline.corpus.listing import filesystem_at, version_of
 BLOCK_BYTES = 2**20
 READ_BYTES = 2**16
 ZSTD_BYTES = 2**14  # that zstandard gets at a time, for it has no limit on what comes out
+WHEN_UNCHANGED = "Start again when nobody writes to it."
 MOST_WINDOW_BYTES = 2**31  # zstd's longest; Reddit's dumps need it
 
 
@@ -180,5 +181,5 @@ def _check_same(file: File, size: int, version: str) -> None:
     if size != file.size or is_other_version:
         raise ValueError(
             f"{file.where} changed while it was read: it had {file.size:,} bytes when it was listed, and has {size:,}"
-            f" now. Start again when nobody writes to it."
+            f" now. {WHEN_UNCHANGED}"
         )

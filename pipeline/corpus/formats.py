@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pipeline.config import READABLE, SourceConfig
 from pipeline.corpus import python_docs
 from pipeline.corpus.archives import TAR_BLOCK_BYTES, Member, is_tar, read_members, read_texts
-from pipeline.corpus.compression import BLOCK_BYTES, Damaged, decompressed, open_file, stream_of
+from pipeline.corpus.compression import BLOCK_BYTES, WHEN_UNCHANGED, Damaged, decompressed, open_file, stream_of
 from pipeline.corpus.endings import EXPANSION, NOT_PLAIN_TEXT, File
 from pipeline.corpus.files import Slice, slices
 from pipeline.corpus.recoding import codec_of, lines_of
@@ -81,6 +81,8 @@ class _Named:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, Damaged):
             raise ValueError(f"{self._where} is damaged ({error}).") from None
+        if type(error).__name__ == "FileExpired":  # s3fs's, whose import costs a second
+            raise ValueError(f"{self._where} changed while it was read. {WHEN_UNCHANGED}") from None
         if isinstance(error, OSError):
             text = " ".join(str(error).split()).removesuffix(".")
             raise ValueError(f"{self._where} cannot be read ({type(error).__name__}: {text}).") from None

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -16,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pipeline.artifacts import Artifact, filesystem_of, record_file
 from pipeline.corpus.shards import TokenCache, open_shards
@@ -125,26 +123,6 @@ Stuck(cache).open(open_shards(Artifact(url, "prepare", "0" * 20), "train")[0])
 
 
 # S3, through a server that speaks its protocol.
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        filesystem_of("s3://tokens")[0].mkdir("tokens")
-        yield "s3://tokens"
-    server.stop()
 
 
 def upload(local: Artifact, url: str) -> Artifact:

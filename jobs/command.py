@@ -1,9 +1,12 @@
 """What every job does around its one call: the environment, the arguments, Ray, and errors in one sentence."""
 
 import argparse
+import io
 import json
 import logging
 import os
+import select
+import shlex
 import sys
 import traceback
 import warnings
@@ -12,6 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from model.cores import count_cores
+from pipeline.stages import STAGES
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -21,6 +25,7 @@ ENVIRONMENT = {
     # Unset, a local ray.init() leaves a token in the home folder that a later `ray start` trips over.
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",  # of seconds; a busy machine takes more than the 60 that Ray gives it
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every print of a training worker appears twice
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # a wrong guess of the elastic policy costs this long
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -56,6 +61,7 @@ class Command:
     def main(self, run: Callable[["Config", argparse.Namespace], int | None], argv: Sequence[str] | None = None) -> int:
         """Parse, load the config, call `run`; returns the exit status: 2 for what the user can mend."""
         set_environment()
+        print_what_the_terminal_can()
         from pipeline.config import describe_settings, load_config
 
         self.parser.epilog = "settings, with their defaults:\n" + "\n".join(
@@ -70,16 +76,22 @@ class Command:
             words.insert(0, options.preset)
             options.preset = None
         options.settings = words
+        options.words = [*([options.preset] if options.preset is not None else []), *words]
         if options.preset is None and not words and not self.may_be_bare:
             self.parser.error(
                 "say what to run: a preset, such as jobs/presets/demo.yaml, or settings over the defaults"
             )
         try:
-            return run(load_config(options.preset, words), options) or 0
+            check_spaces(options.words)
+            status = run(load_config(options.preset, words), options) or 0
+            sys.stdout.flush()
+            return status
         except KeyboardInterrupt:
             print("\nStopped. What was finished is kept; the same command goes on from there.", file=sys.stderr)
             return 130
         except Exception as error:
+            if isinstance(error, BrokenPipeError) and output_is_closed():
+                return 141  # as a program that SIGPIPE has ended
             sentence = explain(error)
             if options.verbose or sentence is None:
                 traceback.print_exception(error)
@@ -94,6 +106,35 @@ def set_environment() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     addresses.go_direct()
+
+
+def print_what_the_terminal_can() -> None:
+    """Let a question mark stand for each character that the output cannot hold, such as … in Latin-1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def output_is_closed() -> bool:
+    """Whether the reader of our output has gone, as `head` does; what is left to print goes nowhere then."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except OSError:  # no file at all
+        return False
+    watched = select.poll()
+    watched.register(descriptor, 0)
+    if not any(event & select.POLLERR for _, event in watched.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)  # else Python complains when it ends
+    return True
+
+
+def check_spaces(words: Sequence[str]) -> None:
+    """Raise `ValueError` where a shell has cut `train.steps = 20` into words."""
+    for before, word, after in zip(["", *words], words, [*words[1:], ""], strict=False):
+        if word.startswith("="):
+            value = after if word == "=" else word[1:]
+            raise ValueError(f"Write {before}={value} without spaces around the equals sign.")
 
 
 def explain(error: BaseException) -> str | None:
@@ -130,6 +171,7 @@ def ray_session(verbose: bool = False) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     arguments: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
     if address:
+        check_cluster_answers(address)
         arguments["address"] = address
     else:
         # Two workers and the tasks beside them need two logical CPUs even where there is one core.
@@ -140,7 +182,7 @@ def ray_session(verbose: bool = False) -> Iterator[None]:
         raise ValueError(f"No Ray cluster answers at RAY_ADDRESS={address}: {error}") from None
     except Exception as error:
         # A busy machine can miss the half minute that Ray gives its own processes to start.
-        if address or "timed out during startup" not in str(error):
+        if address or not any(words in str(error) for words in ("timed out during startup", "dashboard")):
             raise
         ray.shutdown()
         ray.init(**arguments)
@@ -150,6 +192,56 @@ def ray_session(verbose: bool = False) -> Iterator[None]:
         ray.shutdown()
 
 
+def check_cluster_answers(address: str, seconds: float = 10.0) -> None:
+    """Raise `ValueError` unless a head answers at HOST:PORT; Ray itself tries for minutes, without a word."""
+    import grpc
+
+    if "://" in address and not address.startswith("ray://"):
+        raise ValueError(
+            f"RAY_ADDRESS={address} is not the address of a head: write HOST:6379."
+            f" Jobs are sent to a dashboard with `python -m jobs.submit`, which reads RAY_API_SERVER_ADDRESS."
+        )
+    place = address.removeprefix("ray://")
+    if ":" not in place or os.environ.get("RAY_USE_TLS", "0") != "0":
+        return  # `auto` and `local` name no place, and a head behind TLS wants keys
+    with grpc.insecure_channel(place, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=seconds)
+        except grpc.FutureTimeoutError:
+            raise ValueError(
+                f"No Ray cluster answers at RAY_ADDRESS={address}. Start it, correct the address,"
+                f" or unset RAY_ADDRESS to run on this machine."
+            ) from None
+
+
+def where_mlflow_shows(config: "Config", run_id: str) -> str:
+    """The page of a run in MLflow; for a store without a server, with the command that shows it."""
+    import mlflow
+
+    from pipeline import tracking
+
+    uri = tracking.address(config)
+    try:
+        experiment = mlflow.MlflowClient(tracking_uri=uri).get_run(run_id).info.experiment_id
+    except mlflow.exceptions.MlflowException:  # it is away, or the run was deleted meanwhile
+        return tracking.without_password(uri)
+    page = f"#/experiments/{experiment}/runs/{run_id}"
+    if uri.startswith("http"):
+        return f"{tracking.without_password(uri).rstrip('/')}/{page}"
+    store = shlex.quote(tracking.without_password(uri))
+    return (
+        f"http://127.0.0.1:5000/{page} once this runs:\n{' ' * 15}python -m mlflow server --backend-store-uri {store}"
+    )
+
+
+def name_command(job: str, options: argparse.Namespace) -> str:
+    """The command line of another job with the same preset and settings; a cluster's is sent there again."""
+    words = ["python", "-m", f"jobs.{job}"]
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        words = ["python", "-m", "jobs.submit", "--job", job]
+    return shlex.join([*words, *options.words])
+
+
 def run_stage(stage: str, description: str | None, argv: Sequence[str] | None = None) -> int:
     """Be the whole command of one stage: its inputs must be done, and it is skipped when it is done itself."""
 
@@ -157,7 +249,12 @@ def run_stage(stage: str, description: str | None, argv: Sequence[str] | None = 
         with ray_session(options.verbose):
             from pipeline import orchestrator
 
-            orchestrator.run(config, only=stage, first=stage if options.again else None)
+            manifests = orchestrator.run(config, only=stage, first=stage if options.again else None)
+        following = [*STAGES, "serve"][list(STAGES).index(stage) + 1]
+        print()
+        if stage == "train":
+            print(f"MLflow run     {where_mlflow_shows(config, manifests[stage].counts['mlflow_run_id'])}")
+        print(f"next           {name_command(following, options)}", flush=True)
 
     command = Command(description)
     command.parser.add_argument("--again", action="store_true", help="do it again although it is done")

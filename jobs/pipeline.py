@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jobs.command import Command, ray_session
+from jobs.command import Command, name_command, ray_session, where_mlflow_shows
 from pipeline.config import Config
 from pipeline.stages import STAGES
 
@@ -20,6 +20,9 @@ def run(config: Config, options: argparse.Namespace) -> None:
 
         manifests = orchestrator.run(config, first=options.first)
         print(f"\n{orchestrator.describe_results(manifests)}")
+        print(f"MLflow run     {where_mlflow_shows(config, manifests['train'].counts['mlflow_run_id'])}")
+        if not options.serve:
+            print(f"next           {name_command('serve', options)}", flush=True)
         if options.serve:
             from jobs.serve import serve_until_stopped
 

@@ -68,7 +68,7 @@ def run(config: "Config", options: argparse.Namespace) -> None:
         print(f"  {advise_out_of_memory(memory, train.micro_batch_sequences, usable_bytes)}")
 
     print(f"\n{gpu.name} at {options.mfu:.0%} of its {gpu.flops_per_second / 1e12:,.0f} TFLOP/s (an assumption: --mfu)")
-    print(f"  {'GPUs':>4}{'s/step':>10}{'tokens/s':>14}{'efficiency':>12}{'time':>10}{'GPU-hours':>11}")
+    print(f"  {'GPUs':>4}{'s/step':>10}{'tokens/s':>14}{'efficiency':>12}{'time':>10}{'GPU time':>11}")
     per_node = options.gpus_per_node
     network = gpu.network_bytes_per_second
     if options.network_gigabits is not None:
@@ -92,7 +92,7 @@ def run(config: "Config", options: argparse.Namespace) -> None:
         hours = train.steps * seconds / 3600
         print(
             f"  {devices:>4}{seconds:>10.4f}{train.batch_tokens / seconds:>14,.0f}{step.efficiency:>12.1%}"
-            f"{_duration(hours):>10}{hours * devices:>11.2f}"
+            f"{_duration(hours):>10}{_duration(hours * devices):>11}"
         )
     if train.sharding == "fsdp":
         traffic = (
@@ -169,7 +169,7 @@ def _share(text: str) -> float:
 def _duration(hours: float) -> str:
     if hours >= 1:
         return f"{hours:.2f} h"
-    return f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{3600 * hours:.0f} s"
+    return f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{3600 * hours:.2g} s"
 
 
 if __name__ == "__main__":

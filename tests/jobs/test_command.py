@@ -1,10 +1,19 @@
+import argparse
+import os
+import shlex
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
+import mlflow
 import pytest
 from botocore.exceptions import EndpointConnectionError
 
-from jobs.command import Command, explain
+from jobs import command
+from jobs.command import Command, check_cluster_answers, explain, name_command, where_mlflow_shows
+from pipeline.config import load_config
+from tests.mlflow_store import point_mlflow_at
 
 
 def run(*arguments: str, action=lambda config, options: 0) -> int:
@@ -67,6 +76,107 @@ def test_an_unknown_option_is_refused():
     )
     assert done.returncode == 2
     assert "--turbo" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["train.steps", "=", "20"], ["train.steps", "=20"], ["x=1", "train.steps", "=", "20"]]
+)
+def test_spaces_around_the_equals_sign_are_named(words, capsys):
+    assert run(*words) == 2
+    assert "error: Write train.steps=20 without spaces around the equals sign." in capsys.readouterr().err
+
+
+def in_a_pipe(program: str, reader: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of Python's whose output goes to a reader; returns what the reader has read, and both's errors."""
+    command = f"{sys.executable} -c {shlex.quote(program)} | {reader}; echo ${{PIPESTATUS[0]}} >&2"
+    return subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, check=False, env=os.environ | environment
+    )
+
+
+@pytest.mark.parametrize("lines", [3, 100_000])
+def test_a_reader_that_leaves_early_is_no_error(lines):
+    code = "import sys; from jobs.command import Command;"
+    code += f"run = lambda config, options: [print(n) for n in range({lines})] and 0;"
+    done = in_a_pipe(code + "sys.exit(Command('Count.').main(run, ['train.steps=5']))", "true")
+    assert done.stderr.strip() in ("0", "141")
+    assert (done.stderr.strip() == "141") or lines == 3
+
+
+def test_a_broken_connection_is_not_taken_for_a_reader_that_left(capsys):
+    def fail(config, options):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    assert run("train.steps=5", action=fail) == 2
+    assert capsys.readouterr().err == "error: [Errno 32] Broken pipe\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_output_without_our_characters_gets_question_marks(encoding):
+    code = "import sys; from jobs.command import Command;"
+    code += "sys.exit(Command('x').main(lambda config, options: print('prepare \\u2026'), ['train.steps=5']))"
+    done = in_a_pipe(code, "cat", PYTHONIOENCODING=encoding)
+    assert (done.stdout, done.stderr.strip()) == ("prepare ?\n", "0")
+
+
+def test_a_wrong_cluster_address_is_said_within_seconds(ray_session):
+    import ray
+
+    check_cluster_answers(ray.get_runtime_context().gcs_address)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections, and never speaks
+        silent = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ValueError, match=rf"No Ray cluster answers at RAY_ADDRESS={silent}\. Start it"):
+            check_cluster_answers(silent, seconds=0.5)
+    with pytest.raises(ValueError, match="No Ray cluster answers"):
+        check_cluster_answers(silent, seconds=0.5)
+    with pytest.raises(ValueError, match="write HOST:6379"):
+        check_cluster_answers("http://127.0.0.1:8265")
+
+
+def test_a_machine_on_which_the_dashboard_starts_late_gets_a_second_try(monkeypatch):
+    import ray
+
+    tries = []
+
+    def init(**arguments):
+        tries.append(arguments)
+        if len(tries) == 1:
+            raise RuntimeError("Failed to start the dashboard, return code 0")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with command.ray_session():
+        assert len(tries) == 2
+
+
+def test_after_a_run_the_terminal_names_the_next_command(monkeypatch):
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    options = argparse.Namespace(words=["demo", "evaluate.prompts=[He said: hi]"])
+    assert name_command("serve", options) == "python -m jobs.serve demo 'evaluate.prompts=[He said: hi]'"
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert name_command("serve", options).startswith("python -m jobs.submit --job serve demo ")
+
+
+def test_after_a_run_the_terminal_says_where_mlflow_shows_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = load_config(None, [f"storage={tmp_path}/a b", "name=tiny"])
+    Path(config.storage).mkdir()
+    point_mlflow_at(f"sqlite:///{config.storage}/mlflow.db")
+    with mlflow.start_run() as active:
+        run_id = active.info.run_id
+    told = where_mlflow_shows(config, run_id)
+    assert f"/#/experiments/0/runs/{run_id} once this runs:" in told
+    command_line = shlex.split(told.splitlines()[1])
+    assert command_line == [
+        "python",
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        f"sqlite:///{config.storage}/mlflow.db",
+    ]
+    assert where_mlflow_shows(config, "0" * 32) == f"sqlite:///{config.storage}/mlflow.db"
 
 
 def test_s3_that_cannot_be_reached_is_said_in_one_sentence():

@@ -21,7 +21,7 @@ PRESETS = sorted((ROOT / "jobs" / "presets").glob("*.yaml"))
 def test_every_preset_has_a_plan(preset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(preset), "--gpu", "h200"]) == 0
     printed = capsys.readouterr().out
-    for word in ("parameters", "FLOPs per token", "activations", "GPU-hours"):
+    for word in ("parameters", "FLOPs per token", "activations", "GPU time"):
         assert word in printed
 
 
@@ -98,7 +98,7 @@ def test_a_nodes_network_is_shared_by_its_gpus(capsys: pytest.CaptureFixture[str
 
 def test_a_short_training_is_told_in_minutes_or_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     main([str(PRESETS[0]), "train.steps=100"])
-    assert " s " in capsys.readouterr().out.split("GPU-hours")[1]
+    assert " s " in capsys.readouterr().out.split("GPU time")[1]
 
 
 def test_an_unknown_setting_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

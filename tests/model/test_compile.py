@@ -1,4 +1,4 @@
-"""What `torch.compile` makes of a training: one graph for all blocks, whatever the strategy, and no second compiling."""
+"""What `torch.compile` makes of a training: one graph for all blocks, whatever the strategy, no second compiling."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,7 @@ def count_graphs(strategy: str, recompute: bool = False) -> dict[str, int]:
     backend, real_compile = CountingBackend(), torch.compile
     torch._dynamo.reset()
     counters.clear()
+
     def compile_with_counting(function: Any, **asked: Any) -> Any:
         return real_compile(function, dynamic=asked["dynamic"], backend=backend)
 

@@ -218,14 +218,13 @@ def where_mlflow_shows(config: "Config", run_id: str) -> str:
     """The page of a run in MLflow; for a store without a server, with the command that shows it."""
     import mlflow
 
-    from pipeline import tracking
+    from pipeline import registry, tracking
 
     uri = tracking.address(config)
     try:
-        experiment = mlflow.MlflowClient(tracking_uri=uri).get_run(run_id).info.experiment_id
+        page = registry.place_of_run(run_id)
     except mlflow.exceptions.MlflowException:  # it is away, or the run was deleted meanwhile
         return tracking.without_password(uri)
-    page = f"#/experiments/{experiment}/runs/{run_id}"
     if uri.startswith("http"):
         return f"{tracking.without_password(uri).rstrip('/')}/{page}"
     store = shlex.quote(tracking.without_password(uri))

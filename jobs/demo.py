@@ -18,20 +18,21 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Any
 
-from jobs.command import Command, ray_session
+from jobs.command import Command, name_command, ray_session
 from pipeline import addresses
 from pipeline.config import Config
 
 QUESTION = "Return a new"
 
 
-def run(config: Config, options: argparse.Namespace) -> None:
+def run(config: Config, options: argparse.Namespace) -> int:
     stays = sys.stdout.isatty() and os.environ.get("CI", "").lower() not in ("1", "true")
     began = time.monotonic()
     with ExitStack() as stack:
         stack.enter_context(ray_session(options.verbose))
-        from pipeline import orchestrator, tracking
+        from pipeline import orchestrator, registry, tracking
 
         tracking_uri = tracking.connect(config)
         mlflow_address = stack.enter_context(mlflow_pages(tracking_uri))
@@ -43,45 +44,70 @@ def run(config: Config, options: argparse.Namespace) -> None:
         config = replace(config, serve=replace(config.serve, port=free_port(config.serve.port)))
         address = stack.enter_context(serving(config))
         facts, trained = manifests["register"].counts, manifests["train"].counts
-        print(f"\n{options.question}", end="", flush=True)
-        for piece in ask(address, facts["model_name"], options.question):
-            print(piece, end="", flush=True)
-        run_id = trained["mlflow_run_id"]
+        answered = show_answer(address, facts["model_name"], options.question, config.model.context_length)
         artifacts = orchestrator.locate(config)
-        experiment = experiment_of(run_id)
         print(
             f"\n\n{orchestrator.describe_results(manifests)}\n\n"
             f"shards         {artifacts['prepare'].url}\n"
             f"loss curve     {artifacts['train'].url}/loss.png\n"
-            f"MLflow run     {mlflow_address}/#/experiments/{experiment}/runs/{run_id}\n"
+            f"MLflow run     {mlflow_address}/{registry.place_of_run(trained['mlflow_run_id'])}\n"
             f"model version  {mlflow_address}/#/models/{facts['model_name']}/versions/{facts['version']}\n"
             f"playground     {address}/\n"
-            f"API            {address}/v1/completions\n\n"
+            f"API            {address}/v1/completions\n"
+            f"next           {name_command('serve', options)}\n\n"
             f"From text to an answer in {(time.monotonic() - began) / 60:.1f} minutes."
         )
         if stays:
             print("Ctrl-C ends it.")
             wait_for_interrupt()
+    return 0 if answered else 2
 
 
-def ask(address: str, model: str, prompt: str) -> Iterator[str]:
-    """Stream the completion of one prompt from an OpenAI-compatible endpoint."""
-    body = {"model": model, "prompt": prompt, "max_tokens": 96, "temperature": 0.7, "seed": 1, "stream": True}
-    request = urllib.request.Request(
-        f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with addresses.open_own(request, timeout=120) as response:
+def show_answer(address: str, model: str, question: str, context_length: int) -> bool:
+    """Print a question and its answer as it comes, or in a sentence why there is none; returns whether there is."""
+    print(f"\n{question}", end="", flush=True)
+    try:
+        for piece in ask(address, model, question, context_length):
+            print(piece, end="", flush=True)
+    except (ValueError, OSError) as error:
+        print(f"\nerror: The question was not answered: {error}", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+def ask(address: str, model: str, prompt: str, context_length: int) -> Iterator[str]:
+    """Stream the completion of one prompt from our endpoint; raises `ValueError` with what the endpoint says."""
+    with post(f"{address}/v1/tokenize", {"model": model, "text": prompt}) as response:
+        num_tokens = json.load(response)["count"]
+    room = context_length - max(1, num_tokens)
+    if room < 1:
+        raise ValueError(
+            f"It has {num_tokens} tokens, and the model's context is {context_length};"
+            f" ask a shorter one with --question."
+        )
+    sampling = {"max_tokens": min(96, room), "temperature": 0.7, "seed": 1, "stream": True}
+    with post(f"{address}/v1/completions", {"model": model, "prompt": prompt, **sampling}) as response:
         for line in response:
             event = line.decode().removeprefix("data:").strip()
             if event and event != "[DONE]":
-                yield from (choice["text"] for choice in json.loads(event)["choices"])
+                answer = json.loads(event)
+                if "error" in answer:
+                    raise ValueError(answer["error"]["message"])
+                yield from (choice["text"] for choice in answer["choices"])
 
 
-def experiment_of(run_id: str) -> str:
-    """The id of the experiment that a run belongs to."""
-    import mlflow
-
-    return str(mlflow.get_run(run_id).info.experiment_id)
+def post(url: str, body: dict[str, Any]) -> Any:
+    """Ask our endpoint; raises `ValueError` with its own sentence where it refuses."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        return addresses.open_own(request, timeout=120)
+    except urllib.error.HTTPError as error:
+        content = error.read(10_000)
+        try:
+            sentence = json.loads(content)["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            sentence = f"{url} answers {error.code}."
+        raise ValueError(sentence) from None
 
 
 @contextmanager

@@ -45,6 +45,8 @@ def run(config: "Config", options: argparse.Namespace) -> int:
         return follow(client, options.follow, address)
     if options.preset is None and not options.settings:
         raise ValueError("Say what to run: a preset, such as jobs/presets/demo.yaml; or --follow JOB.")
+    if (options.prompt is not None) != (options.job == "generate"):
+        raise ValueError("--job generate takes the text to go on with as --prompt TEXT, and no other job does.")
     if "://" not in config.storage:
         raise ValueError(
             f"storage={config.storage} is a folder, which the nodes of a cluster do not share;"
@@ -60,6 +62,8 @@ def run(config: "Config", options: argparse.Namespace) -> int:
             print("error: The preflight failed; mend what it names, or give --skip-preflight.", file=sys.stderr)
             return 1
     extra = ["--serve"] if options.serve else []
+    if options.job == "generate":  # its first word is the prompt, not the preset
+        arguments = [options.prompt, *(["--preset", *preset] if preset else []), *options.settings]
     job = submit(client, config, options.job, [*arguments, *extra])
     print(f"submitted: {job}\n{how_to_return(job, address)}", flush=True)
     return 0 if options.detach else follow(client, job, address)
@@ -201,6 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = command.parser.add_argument
     add("--job", choices=JOBS, default="pipeline", help="which job to run [%(default)s]")
     add("--serve", action="store_true", help="with the whole pipeline: serve the champion afterwards")
+    add("--prompt", metavar="TEXT", help="with --job generate: the text to go on with")
     add("--follow", metavar="JOB", help="print the log of a job that runs or has ended")
     add("--detach", action="store_true", help="do not follow the log")
     add("--skip-preflight", action="store_true", help="do not check the cluster first")

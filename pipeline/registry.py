@@ -196,18 +196,25 @@ def describe_run(run_id: str) -> str:
     if not run_id or not uri.startswith(("http://", "https://")):
         return ""
     try:
-        experiment = mlflow.MlflowClient().get_run(run_id).info.experiment_id
+        place = place_of_run(run_id)
     except MlflowException:
         return ""
     scheme, _, rest = uri.partition("://")
     host = rest.rpartition("@")[2].rstrip("/")  # a password in the address is not for the page
-    return f"{scheme}://{host}/#/experiments/{experiment}/runs/{run_id}"
+    return f"{scheme}://{host}/{place}"
+
+
+def place_of_run(run_id: str) -> str:
+    """The path of a run's page on any server that shows this store."""
+    return f"#/experiments/{mlflow.MlflowClient().get_run(run_id).info.experiment_id}/runs/{run_id}"
 
 
 def _nothing_found(client: mlflow.MlflowClient, name: str, selector: str) -> str:
     versions = sorted(int(version.version) for version in client.search_model_versions(f"name = '{name}'"))
     if not versions:
-        return f"The registry has no model {name!r}; run the register stage first."
+        others = sorted(model.name for model in client.search_registered_models(max_results=20))
+        there = f" It has {', '.join(others)}: give name=NAME of the one you mean." if others else ""
+        return f"The registry has no model {name!r}; run the register stage first.{there}"
     aliases = client.get_registered_model(name).aliases
     there = ", ".join(map(str, versions)) + (f"; aliases: {', '.join(sorted(aliases))}" if aliases else "")
     kind = "version" if selector.isdigit() else "alias"

@@ -1,6 +1,6 @@
 """The endpoint: one Ray Serve deployment whose replicas hold both the HTTP API and the engine.
 
-    address = deploy(build_app(config), config)     # http://127.0.0.1:8000
+    address = deploy(config)     # http://127.0.0.1:8000
     take_down(config)
 
 `python -m jobs.serve PRESET` does this from a terminal, Ray's `serve build` and `serve deploy` with `jobs.serve:app`.
@@ -164,7 +164,7 @@ def deploy(config: Config, app_name: str = "") -> str:
         check_port(host, config.serve.port)
         serve.start(http_options=HTTPOptions(host=host, port=config.serve.port))
     serve.run(app, name=app_name or config.name, route_prefix="/")
-    return f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{config.serve.port}"
+    return listening_address()
 
 
 def take_down(config: Config, app_name: str = "") -> None:
@@ -209,6 +209,17 @@ def serve_is_up() -> bool:
         return bool(serve.status().proxies)
     except Exception:  # Serve has no exception of its own for "not started"
         return False
+
+
+def listening_address() -> str:
+    """Where Serve's proxies listen: whoever started Serve in this cluster first has chosen, for all applications."""
+    from ray.serve.context import _get_global_client  # Ray has no public name for it
+
+    client = _get_global_client()
+    assert client is not None
+    options = client.http_config
+    host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
+    return f"http://{f'[{host}]' if ':' in host else host}:{options.port}"
 
 
 def describe_access(settings: ServeConfig, keys: tuple[ApiKey, ...]) -> str:

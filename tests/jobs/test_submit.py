@@ -77,6 +77,49 @@ def test_presets_are_named_as_the_cluster_sees_them(tmp_path: Path, monkeypatch:
         submit.relative_preset(str(tmp_path / "own.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("words", "sent"),
+    [
+        (["--job", "prepare"], ["prepare", "jobs/presets/demo.yaml", "storage=s3://x/y"]),
+        (
+            ["--job", "generate", "--prompt", "Once upon"],
+            ["generate", "Once upon", "--preset", "jobs/presets/demo.yaml", "storage=s3://x/y"],
+        ),
+        (["--serve"], ["pipeline", "jobs/presets/demo.yaml", "storage=s3://x/y", "--serve"]),
+    ],
+)
+def test_each_job_gets_its_words_as_it_reads_them(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], sent: list[str]
+) -> None:
+    from jobs import generate
+
+    submitted: list[list[str]] = []
+
+    def note(client: object, config: object, job: str, arguments: list[str]) -> str:
+        submitted.append([job, *arguments])
+        return "job-1"
+
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://head:8265")
+    monkeypatch.setattr(submit, "connect", lambda address: None)
+    monkeypatch.setattr(submit, "submit", note)
+    common = ["jobs/presets/demo.yaml", "storage=s3://x/y", "--skip-preflight", "--detach"]
+    assert submit.main([*common, *words]) == 0
+    assert submitted == [sent]
+    if sent[0] == "generate":
+        options = generate.build_parser().parse_intermixed_args(sent[1:])
+        assert (options.prompt, options.preset, options.settings) == ("Once upon", sent[3], ["storage=s3://x/y"])
+
+
+@pytest.mark.parametrize("words", [["--job", "generate"], ["--prompt", "x"], ["--job", "prepare", "--prompt", "x"]])
+def test_a_prompt_is_generates_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://head:8265")
+    monkeypatch.setattr(submit, "connect", lambda address: None)
+    assert submit.main(["jobs/presets/demo.yaml", "storage=s3://x/y", *words]) == 2
+    assert "--prompt TEXT" in capsys.readouterr().err
+
+
 def test_make_submit_takes_a_name_or_a_path() -> None:
     for preset in ("demo", "jobs/presets/demo.yaml"):
         command = ["make", "--dry-run", "submit", f"PRESET={preset}", "SET=storage=s3://gpt/x seed=2", "JOB=prepare"]

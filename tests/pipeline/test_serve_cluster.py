@@ -114,6 +114,13 @@ def test_openai_client_through_the_proxy(endpoint: str) -> None:
             client.completions.create(model="none", prompt="x")
 
 
+def test_the_address_is_where_serve_listens(endpoint: str) -> None:
+    """Serve was started with a port of its own: not the one that an application's settings name."""
+    from pipeline.serve import listening_address
+
+    assert listening_address() == endpoint
+
+
 def test_a_stream_comes_as_it_is_made(http: httpx.Client) -> None:
     """Its first token is here before half of the time that the last one takes: a proxy that gathers would show."""
 

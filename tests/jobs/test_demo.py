@@ -1,0 +1,53 @@
+"""The end of `python -m jobs.demo`: one question to the endpoint."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from jobs import demo
+from pipeline.config import ServeConfig
+from tests.pipeline.serving.local_server import LocalServer
+from tests.pipeline.tiny_registry import TinyRegistry, make_registry
+
+CONTEXT = 128
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRegistry:
+    found = make_registry(tmp_path_factory.mktemp("registry"))
+    found.add_version(seed=1, alias="champion")
+    return found
+
+
+@pytest.fixture(scope="module")
+def server(tiny: TinyRegistry) -> Iterator[LocalServer]:
+    local = LocalServer(tiny, ServeConfig(watch_seconds=0, threads=1, weights="float32"))
+    yield local
+    local.close()
+
+
+def test_the_answer_is_streamed(server: LocalServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.show_answer(server.url, "tiny", "Return a new", CONTEXT)
+    assert len(capsys.readouterr().out) > len("\nReturn a new")
+
+
+@pytest.mark.parametrize("num_tokens", [0, CONTEXT - 97, CONTEXT - 96, CONTEXT - 2])
+def test_a_question_leaves_the_answer_what_room_there_is(server: LocalServer, num_tokens: int) -> None:
+    question = "0" * num_tokens  # the tiny tokenizer has no token of two zeros
+    assert "".join(demo.ask(server.url, "tiny", question, CONTEXT))
+
+
+def test_a_question_longer_than_the_context_is_one_sentence(
+    server: LocalServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not demo.show_answer(server.url, "tiny", "0" * CONTEXT, CONTEXT)
+    said = capsys.readouterr().err.strip()
+    assert said == (
+        "error: The question was not answered: It has 128 tokens, and the model's context is 128;"
+        " ask a shorter one with --question."
+    )
+
+
+def test_what_the_endpoint_refuses_is_said_in_its_words(server: LocalServer) -> None:
+    with pytest.raises(ValueError, match="There is no model 'none' here"):
+        list(demo.ask(server.url, "none", "x", CONTEXT))

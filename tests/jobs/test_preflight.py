@@ -9,12 +9,12 @@ from pathlib import Path
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pipeline import preflight
 from pipeline.config import Config, load_config
 from tests.infra.manifests import ROOT
 from tests.mlflow_store import point_mlflow_at
+from tests.s3_server import s3_server
 
 SMALL = [
     "model.num_layers=1",
@@ -71,19 +71,11 @@ def test_storage_that_cannot_be_written_is_told(config: Config, ray_session: Non
         preflight.check_storage(dataclasses.replace(config, storage=str(tmp_path / "file/storage")))
 
 
-def test_a_bucket_that_is_not_there_is_told_and_not_made(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    keys = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
-    for name, value in {"AWS_ENDPOINT_URL": f"http://{host}:{port}", **keys}.items():
-        monkeypatch.setenv(name, value)
-    try:
+def test_a_bucket_that_is_not_there_is_told_and_not_made(config: Config) -> None:
+    with s3_server():
         with pytest.raises(preflight.Failed, match=r"list, read, write and delete s3://mistyped/x: .*bucket"):
             preflight.check_storage(dataclasses.replace(config, storage="s3://mistyped/x"))
         assert boto3.client("s3").list_buckets()["Buckets"] == []
-    finally:
-        server.stop()
 
 
 def test_storage_that_is_another_on_each_node_is_told(tmp_path: Path) -> None:

@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 import time
@@ -10,29 +9,14 @@ import pytest
 
 from pipeline import lease
 from pipeline.artifacts import filesystem_of
+from tests.s3_server import s3_server
 
 
 @pytest.fixture(scope="module")
 def s3_storage() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    filesystem_of("s3://leases")[0].mkdir("leases")
-    yield "s3://leases/root"
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
-    server.stop()
+    with s3_server():
+        filesystem_of("s3://leases")[0].mkdir("leases")
+        yield "s3://leases/root"
 
 
 @pytest.fixture(params=["local", "s3"])

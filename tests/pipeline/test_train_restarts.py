@@ -15,7 +15,6 @@ import boto3
 import mlflow
 import psutil
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pipeline.training import launch, worker
 from tests.pipeline.test_tracking import free_port, mlflow_server
@@ -29,6 +28,7 @@ from tests.pipeline.tiny_training import (
     tiny_inputs,
     tiny_output,
 )
+from tests.s3_server import s3_server
 
 # Steps enough that a person's kill falls between them.
 LONG = ("train.steps=300", "train.evaluate_every_steps=100", "train.checkpoint_every_steps=20")
@@ -226,23 +226,10 @@ def test_lost_node_goes_on_with_fewer_workers_and_a_new_one_is_used(long_undistu
 
 
 @pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """A real HTTP server that speaks S3, and the environment that leads there."""
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket="runs")
-    yield environment
-    server.stop()
+def s3() -> Iterator[dict[str, str]]:
+    with s3_server() as environment:
+        boto3.client("s3").create_bucket(Bucket="runs")
+        yield environment
 
 
 @pytest.mark.slow

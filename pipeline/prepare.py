@@ -65,7 +65,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
     tallies = _prepare_all(plan, found, read_records(plan, there, PREPARE))
     total = first = sum_tallies(tallies)
     if total.documents == 0:
-        output.delete()  # no other run would go on from it
+        output.delete()  # a later run could not use any of it
         why = total.omissions.reasons(listing)
         raise ValueError(f"The corpus is empty: no document of the source holds text{f' ({why})' if why else ''}.")
     if not all(total.splits[split]["documents"] for split in SPLITS):
@@ -124,7 +124,7 @@ def _say(total: Tally, listing: Listing) -> None:
 
 def _prepare_all(plan: PreparePlan, found: list[Slice], finished: Mapping[str, Tally]) -> dict[str, Tally]:
     """Make the shards of every unit that has no record under this plan's split; return every unit's tally."""
-    # A unit without a document to move, or split the same way before, stays as it is.
+    # A unit stays as it is if it was split at the same hash, or if no document of it would change sides.
     still_valid = {
         name: tally
         for name, tally in finished.items()

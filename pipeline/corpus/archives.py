@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO
 
-from pipeline.corpus.compression import Damaged, decompressed
+from pipeline.corpus.compression import BLOCK_BYTES, Damaged, decompressed
 from pipeline.corpus.endings import NOT_PLAIN_TEXT, File
 
 TAR_BLOCK_BYTES = 512
@@ -102,11 +102,20 @@ def _records(stream: IO[bytes]) -> Iterator[tuple[dict[str, str], bytes]]:
         length = headers.get("content-length", "")
         if not length.isdecimal():
             raise Damaged(f"a record's Content-Length is {length!r}")
-        content = stream.read(int(length))
+        content = _read_at_most(stream, int(length))
         empty_lines = stream.readline(), stream.readline()
         if len(content) < int(length) or any(line.strip() or not line.endswith(b"\n") for line in empty_lines):
             raise Damaged("it ends inside a record, or a record's Content-Length is wrong")
         yield headers, content
+
+
+def _read_at_most(stream: IO[bytes], length: int) -> bytes:
+    """Read in blocks: a damaged length must not reserve memory that no content will fill."""
+    blocks = []
+    while length and (block := stream.read(min(length, BLOCK_BYTES))):
+        blocks.append(block)
+        length -= len(block)
+    return b"".join(blocks)
 
 
 def _headers(lines: Iterator[bytes], what: str) -> dict[str, str]:

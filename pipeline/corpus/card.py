@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.artifacts import Artifact, FileRecord, Manifest
 from pipeline.config import Config, to_yaml
+from pipeline.corpus.files import count_endings
 
 
 def write(
@@ -68,6 +69,7 @@ def _describe(config: Config, counts: Mapping[str, Any], files: Mapping[str, Fil
             f" {counts['end_of_text']}, {counts['bytes_per_token']:.3f} bytes per token, digest"
             f" {counts['tokenizer_digest']}.",
             f"Documents with invalid UTF-8 that was replaced: {counts['replaced_utf8']:,}.",
+            f"Files that were not read, by ending: {count_endings(counts['files_not_read']) or 'none'}.",
             "",
             "| dropped because | documents |",
             "|---|---|",

@@ -110,7 +110,7 @@ def _cut_lines(stream: IO[bytes], kind: str, piece_bytes: int) -> Iterator[Piece
     while content := stream.read(piece_bytes):
         rest: list[bytes] = []
         if kind == "txt" and not content.endswith(b"\n"):
-            rest.append(stream.readline())  # the end of a line, blank or not, is no blank line
+            rest.append(stream.readline())  # the rest of a line is no blank line, even if nothing is left of it
         rest.append(stream.readline())
         while kind == "txt" and rest[-1].strip():
             rest.append(stream.readline())

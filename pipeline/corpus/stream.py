@@ -219,13 +219,7 @@ class TokenStream:
         batch.step, batch.global_tokens = step, global_tokens
         return batch
 
-    def batches(
-        self,
-        first_step: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        prefetch: int = 4,
-    ) -> Iterator[Batch]:
+    def batches(self, first_step: int = 0, rank: int = 0, world_size: int = 1, prefetch: int = 4) -> Iterator[Batch]:
         """Yield this rank's batches from `first_step` on, without end, `prefetch` of them built in the background."""
         background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="token-batch")
         try:

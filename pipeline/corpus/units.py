@@ -46,7 +46,8 @@ class PreparePlan:
     output: Artifact
     slice_bytes: int
     partitions: int  # of the hashes, when looking for duplicates
-    # Documents whose hash is below go to val. 64 bits; a fraction of the range, or the lowest hash of a tiny corpus.
+    # Documents whose 64-bit hash is below this go to val. It is prepare.validation_fraction of the range, or in a tiny
+    # corpus, where one split would be empty, just above the lowest hash.
     val_below: int
     duplicates: tuple[str, ...] = ()  # the files that list them
 
@@ -192,7 +193,7 @@ def _outcomes(plan: PreparePlan, to_do: list[Slice], done: frozenset[str], task:
         rows = [{"unit": Unit(slice_.name, slice_)} for slice_ in to_do]
         dataset: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
         if any(slice_.is_stream for slice_ in to_do):
-            # Without a CPU of its own, or two CPUs would have one to tokenize with while the other reads.
+            # Cutting reserves no CPU: of two it would leave only one to tokenize with.
             cut = partial(_cut, plan=plan, done=done)
             readers = ray.data.TaskPoolStrategy(min(2, len(rows)))
             dataset = dataset.map_batches(cut, batch_size=1, num_cpus=0, compute=readers)
@@ -267,7 +268,7 @@ def _stream_record(slice_: Slice) -> str:
 
 
 def _is_mendable(error: Exception) -> bool:
-    """What a person can mend (a damaged file, a full disk, storage that is away); anything else is our mistake."""
+    """Whether a person can mend it: a damaged file, a full disk, storage that is away. Others are our own mistakes."""
     # By name: importing every client's exceptions would cost each worker seconds.
     clients = ("botocore", "aiobotocore", "aiohttp", "httpx", "httpcore", "huggingface_hub")
     return isinstance(error, (ValueError, OSError)) or type(error).__module__.partition(".")[0] in clients

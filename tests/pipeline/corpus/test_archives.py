@@ -88,6 +88,14 @@ def record(content: bytes, kind: str = "response", media_type: str = "applicatio
     return head.encode() + content + b"\r\n\r\n"
 
 
+@pytest.mark.parametrize("length", ["x", "", "-1", "9" * 18, "4"])
+def test_a_record_with_a_wrong_length_is_damaged(tmp_path: Path, length: str) -> None:
+    content = record(b"of a WET", "conversion", "text/plain").replace(b"Length: 8", f"Length: {length}".encode())
+    (tmp_path / "x.wet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.wet is damaged \(.*Content-Length"):
+        pairs(files(tmp_path))
+
+
 def test_answers_in_a_warc_are_decoded_as_they_say(tmp_path: Path) -> None:
     plain = "Content-Type: text/plain"
     chunked = "Transfer-Encoding: chunked"

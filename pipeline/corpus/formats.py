@@ -22,7 +22,7 @@ from pipeline.corpus import python_docs
 from pipeline.corpus.archives import TAR_BLOCK_BYTES, Member, is_tar, read_members, read_texts
 from pipeline.corpus.compression import BLOCK_BYTES, WHEN_UNCHANGED, Damaged, decompressed, open_file, stream_of
 from pipeline.corpus.endings import EXPANSION, NOT_PLAIN_TEXT, File
-from pipeline.corpus.files import Slice, slices
+from pipeline.corpus.files import Slice
 from pipeline.corpus.recoding import codec_of, lines_of
 
 # What `read` says about a document: why it has no text, or what was done to it.
@@ -400,9 +400,3 @@ def sample_documents(source: SourceConfig, sample_bytes: int, found: list[Slice]
             left, left_here = left - size, left_here - size
             if min(left, left_here) <= 0:
                 break
-
-
-def iterate_text(source: SourceConfig, sample_bytes: int) -> Iterator[str]:
-    """Yield the texts of a sample of the corpus."""
-    found = slices(source, SAMPLE_SLICE_BYTES)
-    return (text for text, _ in sample_documents(source, sample_bytes, found) if text is not None)

@@ -49,10 +49,9 @@ class Curve:
 def read_texts(path: str | None) -> list[str]:
     """Documents of a .jsonl (column `text`) or .txt file; without one, the documentation that Python carries."""
     if path is None:
-        from pipeline.config import SourceConfig
-        from pipeline.corpus.formats import iterate_text
+        from pipeline.corpus import python_docs
 
-        return list(iterate_text(SourceConfig()))
+        return list(python_docs.documents())
     content = Path(path).read_text(encoding="utf-8")
     return [json.loads(line)["text"] for line in content.splitlines()] if path.endswith(".jsonl") else [content]
 

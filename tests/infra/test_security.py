@@ -13,7 +13,8 @@ from model.checkpoint import load_model, load_training_state, save_model
 from model.gpt import GPT, ModelConfig
 from pipeline.artifacts import Artifact, FileRecord, Manifest, artifact_at, record_file
 from pipeline.config import SourceConfig
-from pipeline.corpus import formats
+from pipeline.corpus.files import slices
+from pipeline.corpus.formats import sample_documents
 from pipeline.corpus.shards import TokenCache, open_shards
 from tests.infra.manifests import ROOT
 from tests.mlflow_store import point_mlflow_at
@@ -107,7 +108,7 @@ def test_a_pickle_in_the_corpus_is_refused(tmp_path: Path, mark: Path) -> None:
     pq.write_table(pickled_column(Payload(mark), "text"), corpus)
     source = SourceConfig(kind="files", paths=[str(corpus)])
     with pytest.raises(ValueError, match="text"):
-        list(formats.iterate_text(source, sample_bytes=1000))
+        list(sample_documents(source, 1000, slices(source, 10**6)))
     assert not mark.exists()
 
 

@@ -120,7 +120,15 @@ def resolve_storage(url: str) -> str:
     """Make a storage root absolute, so that it means the same on every worker of this machine."""
     if url.startswith("file://"):
         url = url[len("file://") :]
-    return url.rstrip("/") if "://" in url else str(Path(url).expanduser().resolve())
+    return url.rstrip("/") if "://" in url else str(expand_home(url).resolve())
+
+
+def expand_home(path: str | Path) -> Path:
+    """Put the home folder where a local path has ~ or ~user; raises `ValueError` where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{str(path)!r} names the home folder of a user that is not on this machine.") from None
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from model.gpt import count_parameters
 from pipeline import addresses, tracking
-from pipeline.artifacts import filesystem_of, resolve_storage
+from pipeline.artifacts import expand_home, filesystem_of, resolve_storage
 from pipeline.config import Config
 from pipeline.corpus.shards import default_cache_folder
 from pipeline.training.resources import wants_gpu, worker_resources
@@ -212,7 +212,7 @@ def check_disk(config: Config) -> str:
 
 def free_bytes(cache_folder: str) -> tuple[str, int, str, int, bool]:
     """Free space for the shard cache and for temporary files where this runs, and whether they share a disk."""
-    cache = Path(cache_folder) if cache_folder else default_cache_folder()
+    cache = expand_home(cache_folder) if cache_folder else default_cache_folder()
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
     temporary = Path(tempfile.gettempdir())
     same = existing.stat().st_dev == temporary.stat().st_dev

@@ -12,13 +12,12 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, cast
 
 import fsspec
 from fsspec.utils import glob_translate
 
-from pipeline.artifacts import filesystem_of
+from pipeline.artifacts import expand_home, filesystem_of
 from pipeline.corpus.endings import File
 from pipeline.corpus.progress import Progress
 
@@ -54,12 +53,7 @@ def filesystem_at(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         from huggingface_hub import HfFileSystem
 
         return cast(fsspec.AbstractFileSystem, HfFileSystem()), url.removeprefix("hf://").rstrip("/")
-    if "://" not in url and url.startswith("~"):
-        try:
-            url = str(Path(url).expanduser())
-        except RuntimeError:
-            raise ValueError(f"There is no home folder for {url.partition('/')[0]!r} in {url!r}.") from None
-    return filesystem_of(url)
+    return filesystem_of(url if "://" in url else str(expand_home(url)))
 
 
 def version_of(entry: dict[str, Any]) -> str:

@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from model.tokenizer import Tokenizer
-from pipeline.artifacts import Artifact, FileRecord, check_digest
+from pipeline.artifacts import Artifact, FileRecord, check_digest, expand_home
 
 FOOTER_BYTES = 65_536  # more than the footer of a shard of 50 row groups; a longer one costs a second read
 GIGABYTE = 10**9
@@ -152,7 +152,7 @@ class TokenCache:
     """
 
     def __init__(self, folder: Path | str | None = None, max_bytes: int = 64 * GIGABYTE) -> None:
-        self.folder = Path(folder) if folder else default_cache_folder()
+        self.folder = expand_home(folder) if folder else default_cache_folder()
         self.max_bytes = max_bytes
         self._unlisted_bytes = 0
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,9 +1,10 @@
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 
-from pipeline.artifacts import Artifact, Recipe, artifact_at
+from pipeline.artifacts import Artifact, Recipe, artifact_at, resolve_storage
 
 
 def commit(artifact: Artifact, **files: str) -> None:
@@ -120,3 +121,10 @@ def test_an_artifact_travels_to_a_worker(artifact):
 def test_other_storage_is_refused_in_one_sentence():
     with pytest.raises(ValueError, match="Storage on ftp:// is not supported"):
         artifact_at("ftp://host/x", "tiny", "prepare", "0" * 20).manifest()
+
+
+def test_a_tilde_is_the_home_folder_or_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_storage("~/st") == str(tmp_path / "st")
+    with pytest.raises(ValueError, match="'~nosuchuser/st' names the home folder of a user"):
+        resolve_storage("~nosuchuser/st")

@@ -120,7 +120,10 @@ def test_files_with_other_endings_are_counted_and_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("path", "complaint"),
-    [("~nosuchuser/corpus", "There is no home folder for '~nosuchuser'"), ("/nowhere/at/all", "There is no file at")],
+    [
+        ("~nosuchuser/corpus", "'~nosuchuser/corpus' names the home folder of a user"),
+        ("/nowhere/at/all", "There is no file at"),
+    ],
 )
 def test_a_path_that_leads_nowhere_is_a_sentence(path: str, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):

@@ -4,14 +4,14 @@
     tokenizer.save(folder)                  # tokenizer.json, which `transformers` loads with the same ids
     tokenizer = load_tokenizer(folder)
 
-All of them are one thing to tiktoken: a pattern that splits text into pieces, and tokens in order of merging.
-Every single byte is a token, so every valid string can be encoded and comes back as it was.
+tiktoken sees each of them as a pattern that splits text into pieces, and tokens in order of merging. Every single byte
+is a token, so every valid string can be encoded and comes back as it was.
 """
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
@@ -20,40 +20,25 @@ from typing import Any
 import numpy as np
 import tiktoken
 
+from model.pattern import (
+    CHARACTER_PATTERN,
+    KNOWN_PATTERNS,
+    PART_CHARACTERS,
+    PATTERNS,
+    check_pattern,
+    simplify_pattern,
+    split_by_tokenizers,
+    split_long_text,
+)
+
 END_OF_TEXT = "<|endoftext|>"
 # tiktoken's name -> tokens, the end of text included.
 NAMED_TOKENIZERS = {"gpt2": 50_257, "r50k_base": 50_257, "cl100k_base": 100_258, "o200k_base": 200_000}
 
-# How text is split before merging. Both end a piece wherever a single space stands before a word.
-PATTERNS = {
-    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
-    # GPT-4's, with numbers in twos: a small vocabulary has no room for a thousand of three digits.
-    "gpt4": (
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-        r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-    ),
-}
-# tiktoken's cl100k_base and o200k_base, as `named_tokenizer` spells them.
-LARGE_PATTERNS = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-)
-CHARACTER_PATTERN = r"[\s\S]"
-
-# Every pattern here ends so: of a run of white space before a word, all but the last character are one piece.
-LOOKAHEADS = (r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s", r"|\s++$|\s+(?!\S)|\s", r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-SIMPLER = (r"|\s+$|\s*[\r\n]|\s{3,}|\s", r"|\s+$|\s{3,}|\s", r"|\s*[\r\n]+|\s+$|\s{3,}|\s")
 SPACE_BYTES = bytes(  # of all characters that \s matches
     {byte for code in range(0x10000) if chr(code).isspace() for byte in chr(code).encode()}
 )
 CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
-
-# Longer texts are encoded in parts: tiktoken's time grows with the square of a piece, and its regex overflows the
-# stack on millions of equal characters.
-PART_CHARACTERS = 32_768
 
 
 class Tokenizer:
@@ -90,38 +75,66 @@ class Tokenizer:
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encode several texts, which for short ones is faster than each alone."""
+        """Encode several texts, which for short ones is faster than each alone.
+
+        Raises `ValueError` if the tokenizer's pattern leaves out a part of a text: no byte is ever lost in silence.
+        """
         try:
             if self._character_ids is not None:
                 return [self._encode_characters(text) for text in texts]
             short = iter(self._encode_parts([text for text in texts if len(text) <= PART_CHARACTERS]))
-            return [
+            encoded = [
                 (next(short) if len(text) <= PART_CHARACTERS else self._encode_long(text)).astype(
                     self.dtype, copy=False
                 )
                 for text in texts
             ]
+            for text, ids in zip(texts, encoded, strict=True):
+                self._check_bytes(text, ids)
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"The text is not valid Unicode: character {error.start} is the lone surrogate"
                 f" U+{ord(error.object[error.start]):04X}."
             ) from None
+        return encoded
+
+    def _check_bytes(self, text: str, ids: np.ndarray) -> None:
+        # A token is made of the text's own bytes, so if there are as many of them, they are the same.
+        given, kept = len(text.encode()), int(self.byte_lengths[ids].sum(dtype=np.int64))
+        if (ids == self.end_of_text).any():
+            raise ValueError(f"tokenizer.pattern matches nothing at a place of a text that begins {text[:40]!r}.")
+        if given != kept:
+            raise ValueError(
+                f"tokenizer.pattern leaves out {given - kept} of the {given} bytes of a text that begins"
+                f" {text[:40]!r}; end the pattern with |[\\s\\S], which matches all that is left."
+            )
 
     def _encode_long(self, text: str) -> np.ndarray:
         encoded = []
-        parts = split_long_text(text)
+        parts = split_long_text(text, self.pattern)
         while some := list(islice(parts, 64)):  # not all at once: a text may be as large as the memory
             encoded.append(np.concatenate(self._encode_parts(some)).astype(self.dtype))
         return np.concatenate(encoded)
 
     def _encode_parts(self, parts: list[str]) -> list[np.ndarray]:
         if self._fast is None or not parts:
-            return [self._exact.encode_to_numpy(part, disallowed_special=()) for part in parts]
+            return [self._encode_exactly(part) for part in parts]
         encoded = [self._fast.encode_to_numpy(part, disallowed_special=()) for part in parts]
         starts = np.cumsum([0, *map(len, encoded[:-1])])
         for number in _with_long_spaces(self._spaces[np.concatenate(encoded)], starts):
-            encoded[number] = self._exact.encode_to_numpy(parts[number], disallowed_special=())
+            encoded[number] = self._encode_exactly(parts[number])
         return encoded
+
+    def _encode_exactly(self, text: str) -> np.ndarray:
+        try:
+            return self._exact.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:
+            raise
+        except ValueError:
+            # tiktoken's regex engine gave up: a million spaces before a word are more than it can go back over. The
+            # engine of `tokenizers` splits the text into the same pieces (`check_pattern`).
+            pieces = split_by_tokenizers(self.pattern, text)
+            return np.array([token for piece in pieces for token in self._exact._encode_single_piece(piece)])
 
     def _encode_characters(self, text: str) -> np.ndarray:
         assert self._character_ids is not None
@@ -136,6 +149,9 @@ class Tokenizer:
 
     def _build_encoding(self, pattern: str) -> tiktoken.Encoding:
         ranks = {token: rank for rank, token in enumerate(self.token_bytes) if token}
+        if self.pattern not in KNOWN_PATTERNS:
+            # A match of nothing then gives a token of no bytes, where tiktoken would panic.
+            ranks[b""] = self.vocab_size - 1
         special = {END_OF_TEXT: self.end_of_text}
         return tiktoken.Encoding(self.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
@@ -271,7 +287,8 @@ def train_bpe(texts: Iterable[str], vocabulary_size: int, pattern: str = PATTERN
         show_progress=False,
         max_token_length=64,  # a ruler of a thousand dashes is not a word
     )
-    learner.train_from_iterator((part for text in texts for part in split_long_text(text)), trainer=trainer)
+    parts = (part for text in texts for part in split_long_text(text, pattern))
+    learner.train_from_iterator(parts, trainer=trainer)
     byte_of = {character: byte for byte, character in enumerate(_written_bytes())}
     learned = sorted(learner.get_vocab().items(), key=lambda item: item[1])
     merged = [bytes(byte_of[character] for character in spelled) for spelled, _ in learned if len(spelled) > 1]
@@ -288,37 +305,6 @@ def build_char(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
     beyond_ascii = sorted((-count, character) for character, count in counts.items() if ord(character) >= 128)
     characters = [character.encode() for _, character in beyond_ascii[: vocabulary_size - 257]]
     return Tokenizer("char", CHARACTER_PATTERN, [*(bytes([byte]) for byte in range(256)), *characters, b""])
-
-
-def check_pattern(pattern: str) -> None:
-    """Raise `ValueError` if the pattern is no regular expression, or leaves out a part of some text."""
-    probe = "Ünïcödé wörds, 123 numbers;\n\n  \tspaces\r\n日本語 'quotes' <|x|>\0 end "
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    try:
-        ids = tiktoken.Encoding("probe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}).encode_ordinary(
-            probe
-        )
-    except Exception as error:
-        raise ValueError(f"tokenizer.pattern is not a regular expression: {error}.") from None
-    if bytes(ids) != probe.encode():
-        raise ValueError("tokenizer.pattern does not match every character of a text, so text would be lost.")
-
-
-def simplify_pattern(pattern: str) -> str | None:
-    """Return a pattern without look-ahead and possessive repetition, or None where that is not known to be safe.
-
-    With these, tiktoken's regex engine backtracks; without, it is an automaton, and encoding 1.7 times as fast. The
-    pieces are the same except where three or more white space characters stand before a word: these become one
-    piece, by whose tokens it is noticed (`_with_long_spaces`). In the patterns known here no repetition could give
-    back anything with which the rest of its part would match, so possession changes nothing.
-    """
-    if pattern not in (*PATTERNS.values(), *LARGE_PATTERNS):
-        return None
-    for ending, simpler in zip(LOOKAHEADS, SIMPLER, strict=True):
-        if pattern.endswith(ending):
-            begin = pattern.removesuffix(ending)
-            return begin.replace("++", "+").replace("?+", "?").replace("*+", "*") + simpler
-    return None
 
 
 def _count_spaces(token: bytes) -> int:
@@ -346,39 +332,6 @@ def _with_long_spaces(spaces: np.ndarray, starts: np.ndarray) -> list[int]:
     firsts = np.concatenate(([0], is_first.nonzero()[0] + 1))
     lengths = np.add.reduceat(spaces[places], firsts, dtype=np.int64)
     return np.unique(owners[firsts[lengths >= 3]]).tolist()
-
-
-def split_long_text(text: str, part_characters: int = PART_CHARACTERS) -> Iterator[str]:
-    """Cut a long text where every pattern above ends a piece anyway, so that its ids stay what they were.
-
-    Such places are before a single space between two words, and after a single line break between them. Where a
-    whole half part has neither (no ordinary text does), it is cut regardless, at the full length.
-    """
-    start = 0
-    while len(text) - start > part_characters:
-        cut = _last_safe_cut(text, start + part_characters // 2, start + part_characters)
-        yield text[start:cut]
-        start = cut
-    if start < len(text) or not text:
-        yield text[start:]
-
-
-def _last_safe_cut(text: str, low: int, high: int) -> int:
-    for mark, is_safe in _SAFE_CUTS:
-        position = text.rfind(mark, low, high)
-        for _ in range(1000):
-            if position < 0:
-                break
-            if is_safe(text[position - 1], text[position + 1]):
-                return position if mark == " " else position + 1
-            position = text.rfind(mark, low, position)
-    return high
-
-
-_SAFE_CUTS: tuple[tuple[str, Callable[[str, str], bool]], ...] = (
-    (" ", lambda before, after: before.isalnum() and after.isalnum()),
-    ("\n", lambda before, after: not before.isspace() and after.isalnum()),
-)
 
 
 def _merges(spelled: list[str]) -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import ray
 
-from model.tokenizer import NAMED_TOKENIZERS, PATTERNS, Tokenizer, build_char, check_pattern, named_tokenizer, train_bpe
+from model.pattern import PATTERNS, check_pattern
+from model.tokenizer import NAMED_TOKENIZERS, Tokenizer, build_char, named_tokenizer, train_bpe
 from pipeline.artifacts import Artifact, Manifest
 from pipeline.config import Config, SourceConfig, TokenizerConfig, result_settings
 from pipeline.corpus.files import Listing, Slice, listing_of, slices

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from model.chat import CHAT_TEMPLATE, MARKER, ForeignTemplate, OwnTemplate, encode, open_template
-from model.tokenizer import END_OF_TEXT, LARGE_PATTERNS, PATTERNS, Tokenizer, build_char, train_bpe
+from model.pattern import LARGE_PATTERNS, PATTERNS
+from model.tokenizer import END_OF_TEXT, Tokenizer, build_char, train_bpe
 
 TALK = [
     {"role": "system", "content": "Be brief."},

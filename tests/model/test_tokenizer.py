@@ -2,7 +2,9 @@
 
 import json
 import pickle
+import random
 import time
+import unicodedata
 from functools import cache
 from pathlib import Path
 
@@ -13,18 +15,24 @@ import tiktoken_ext.openai_public
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.tokenizer import (
-    END_OF_TEXT,
+from model.pattern import (
+    KNOWN_PATTERNS,
     LARGE_PATTERNS,
-    NAMED_TOKENIZERS,
+    PART_CHARACTERS,
     PATTERNS,
-    Tokenizer,
-    build_char,
     check_pattern,
-    load_tokenizer,
-    named_tokenizer,
+    compare_engines,
+    probes,
     simplify_pattern,
     split_long_text,
+)
+from model.tokenizer import (
+    END_OF_TEXT,
+    NAMED_TOKENIZERS,
+    Tokenizer,
+    build_char,
+    load_tokenizer,
+    named_tokenizer,
     train_bpe,
 )
 
@@ -191,11 +199,78 @@ def test_the_most_frequent_characters_are_kept() -> None:
 def test_cutting_a_long_text_leaves_its_ids_as_they_were(pattern: str) -> None:
     tokenizer = train_bpe(CORPUS, 420, ALL_PATTERNS[pattern])
     text = "\n".join([*CORPUS, "  x \n\n  y's\t.\n/ z。\nword\n  \nend "] * 20)
-    parts = list(split_long_text(text, 400))
+    parts = list(split_long_text(text, tokenizer.pattern, 400))
     assert "".join(parts) == text
     assert len(parts) > 10
     whole = tokenizer._exact.encode_to_numpy(text, disallowed_special=())
     assert [token for part in parts for token in tokenizer.encode(part)] == whole.tolist()
+
+
+CUT_PLACES = st.text(
+    alphabet=st.one_of(
+        st.sampled_from(" \t\n\r\x0b\x1c\x85\xa0\u3000"),
+        st.sampled_from("aZÉß'sS7½.,/_日ไ\u0301\u02b0ſ。、「🌍"),
+        st.characters(exclude_categories=["Cs"]),
+    ),
+    max_size=40,
+)
+
+
+@pytest.mark.parametrize("name", ALL_PATTERNS)
+@settings(max_examples=300, deadline=None)
+@given(text=CUT_PLACES)
+def test_every_place_where_a_long_text_is_cut_ends_a_piece(name: str, text: str) -> None:
+    tokenizer = load_for(name)
+    parts = list(split_long_text(text, tokenizer.pattern, 1))
+    assert "".join(parts) == text
+    whole = tokenizer._exact.encode_to_numpy(text, disallowed_special=())
+    assert [token for part in parts for token in tokenizer.encode(part)] == whole.tolist()
+
+
+@pytest.mark.parametrize(
+    "text", ["日本語の文。短い文、「長い」文！" * 400, "SGVsbG8gd29ybGQ" * 400, "word, " * 400, "x\ny" * 400]
+)
+def test_texts_of_every_script_have_places_to_cut(text: str) -> None:
+    assert max(map(len, split_long_text(text, PATTERNS["gpt4"], 500))) < 600
+
+
+HOSTILE = {
+    "letters": lambda: "".join(random.Random(1).choices("abdehilnorst", k=100_000)),
+    "letters and marks": lambda: "กำ" * 40_000,
+    "digits": lambda: "".join(random.Random(1).choices("0123456789", k=100_000)),
+    "punctuation": lambda: "".join(random.Random(1).choices("'.,;!?", k=100_000)),
+    "spaces": lambda: " " * 100_000 + "x",
+    "line breaks": lambda: "".join(random.Random(1).choices("\r\n \t", k=100_000)) + "x",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("name", ALL_PATTERNS)
+def test_a_long_text_without_a_place_to_cut_has_the_ids_of_tiktoken(name: str, kind: str) -> None:
+    tokenizer, text = load_for(name), HOSTILE[kind]()
+    assert len(text) > 2 * PART_CHARACTERS
+    assert tokenizer.encode(text).tolist() == tokenizer._exact.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("name", ALL_PATTERNS)
+def test_what_tiktokens_engine_cannot_go_back_over_is_split_by_the_other(name: str) -> None:
+    tokenizer = load_for(name)
+    text = " " * 2_000_000 + "x y"
+    with pytest.raises(ValueError, match="Regex error"):
+        tokenizer._exact.encode_to_numpy(text, disallowed_special=())
+    ids = tokenizer.encode(text).tolist()
+    assert tokenizer.decode(ids) == text
+    end = tokenizer._exact.encode_ordinary("  x y")[1:]
+    assert ids[-len(end) :] == end
+    assert ids[: -len(end)] == tokenizer._exact._encode_single_piece(" " * 1_999_999)
+
+
+def test_a_pattern_that_is_not_known_is_never_cut_for() -> None:
+    text = "to be, or not to be " * 5000
+    pattern = r"[^,]+|,"  # pieces far longer than a part
+    assert list(split_long_text(text, pattern)) == [text]
+    tokenizer = Tokenizer("bpe", pattern, load_small().token_bytes)
+    assert tokenizer.encode(text).tolist() == tokenizer._exact.encode_ordinary(text)
 
 
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "^", "日", "ab1! ", "\r\n"])
@@ -205,6 +280,15 @@ def test_a_million_characters_without_a_break_take_seconds_not_hours(unit: str) 
     start = time.perf_counter()
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert time.perf_counter() - start < 20
+
+
+def test_a_million_random_letters_take_seconds() -> None:
+    text = "".join(random.Random(1).choices("abdehilnorst", k=1_000_000))
+    tokenizer = load_small()
+    start = time.process_time()
+    ids = tokenizer.encode(text)
+    assert time.process_time() - start < 20
+    assert tokenizer.decode(ids) == text
 
 
 def test_tiktokens_own_vocabularies_end_at_the_end_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,10 +314,6 @@ def test_the_size_of_a_named_vocabulary_is_known_before_it_is_downloaded(
 def test_unknown_names_and_broken_patterns_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="by name there are gpt2"):
         named_tokenizer("gpt5")
-    with pytest.raises(ValueError, match="not a regular expression"):
-        check_pattern("(")
-    with pytest.raises(ValueError, match="text would be lost"):
-        check_pattern(r"\p{L}+")
     with pytest.raises(ValueError, match="at least 257"):
         train_bpe(CORPUS, 256)
     with pytest.raises(ValueError, match=r"no tokenizer\.json"):
@@ -241,3 +321,57 @@ def test_unknown_names_and_broken_patterns_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": {}}')
     with pytest.raises(ValueError, match="not a tokenizer that this pipeline wrote"):
         load_tokenizer(tmp_path)
+
+
+# -- Patterns ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", KNOWN_PATTERNS)
+def test_both_engines_agree_on_the_patterns_that_are_known(pattern: str) -> None:
+    compare_engines(pattern)
+
+
+def test_the_probes_hold_every_category_of_unicode() -> None:
+    found = {unicodedata.category(character) for probe in probes() for character in probe}
+    assert found == {unicodedata.category(chr(code)) for code in range(0x110000)} - {"Cs"}
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"\p{L}+|[\s\S]", r"\S+|\s+", r"[^\n]+|\n", r" ?\p{Han}+| ?[^\p{Han}]", r"\d+|[\s\S]"]
+)
+def test_a_pattern_on_which_both_engines_agree_is_accepted(pattern: str) -> None:
+    check_pattern(pattern)
+    tokenizer = train_bpe(CORPUS, 300, pattern)
+    for text in [*ODD_TEXTS, *CORPUS[:4]]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+REFUSED = {
+    "(": "not a regular expression",
+    r"\X": "not a regular expression",
+    r"\p{L}+": "text would be lost",
+    r"[\x00-\uffff]": "text would be lost",
+    ".": "text would be lost",
+    r"\p{L}*|[\s\S]": "can match nothing",
+    r"\p{L}*": "can match nothing",
+    r"(?=a)|[\s\S]": "can match nothing",
+    r"(?s).": "means nothing to `tokenizers`",
+    r"\p{Script=Han}|[\s\S]": "means nothing to `tokenizers`",
+    r"\w+|\W+": "differently",
+    r"[[:alpha:]]+|[\s\S]": "differently",
+}
+
+
+@pytest.mark.parametrize("pattern", REFUSED)
+def test_a_pattern_that_would_change_texts_is_refused_before_any_text_is_read(pattern: str) -> None:
+    with pytest.raises(ValueError, match=REFUSED[pattern]):
+        check_pattern(pattern)
+    with pytest.raises(ValueError, match=REFUSED[pattern]):
+        train_bpe(CORPUS, 300, pattern)
+
+
+@pytest.mark.parametrize("pattern", [r"[^\u5b57]", r"a*|[^a]"])
+def test_a_pattern_that_loses_bytes_of_a_text_says_so_when_it_meets_that_text(pattern: str) -> None:
+    tokenizer = Tokenizer("bpe", pattern, load_small().token_bytes)
+    with pytest.raises(ValueError, match=r"tokenizer\.pattern (leaves out|matches nothing)"):
+        tokenizer.encode_all(["a", "ab字"])

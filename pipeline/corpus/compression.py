@@ -179,7 +179,7 @@ def _check_local(file: File, filesystem: Any, path: str) -> None:
 def _check_same(file: File, size: int, version: str) -> None:
     is_other_version = version and file.version and version != file.version
     if size != file.size or is_other_version:
-        raise ValueError(
-            f"{file.where} changed while it was read: it had {file.size:,} bytes when it was listed, and has {size:,}"
-            f" now. {WHEN_UNCHANGED}"
-        )
+        how = f"it had {file.size:,} bytes when it was listed and has {size:,} now"
+        if size == file.size:
+            how = f"it was written again after it was listed, with as many bytes ({size:,})"
+        raise ValueError(f"{file.where} changed while it was read: {how}. {WHEN_UNCHANGED}")

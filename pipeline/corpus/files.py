@@ -103,7 +103,8 @@ def find_files(source: SourceConfig) -> Listing:
             for file in readable:
                 if file.url not in files or not file.given:  # a file's own name before that of a link to it
                     files[file.url] = file
-    return Listing(tuple(files[url] for url in sorted(files)), Counter(ignored.values()))
+    unread = Counter(ending for url, ending in ignored.items() if url not in files)
+    return Listing(tuple(files[url] for url in sorted(files)), unread)
 
 
 def _nothing_at(path: str, found: Found) -> str:

@@ -77,6 +77,9 @@ def test_a_hugging_face_cache_is_read_by_the_names_of_its_links(tmp_path: Path) 
     assert documents(files(snapshot / "data" / "x.jsonl")) == ["from a blob"]
     assert documents(files(snapshot / "data" / "*.jsonl")) == ["from a blob"]
     assert find_files(files(snapshot)).ignored == {".bin": 1}
+    whole = find_files(files(tmp_path))  # blobs that are read through a link are not told as unread
+    assert [file.name for file in whole.files] == ["x.jsonl", "y.txt"]
+    assert sum(whole.ignored.values()) == 1
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:

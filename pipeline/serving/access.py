@@ -86,7 +86,7 @@ def _parse_key(row: Any, where: str) -> ApiKey:
 
 
 class Allowance:
-    """A bucket that fills by `per_minute` in a minute and holds at most that much; 0 means no limit."""
+    """A token bucket: it gains `per_minute` a minute and holds at most that much; 0 means no limit."""
 
     def __init__(self, per_minute: int) -> None:
         self.per_minute = float(per_minute)

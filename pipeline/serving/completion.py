@@ -111,7 +111,7 @@ class AnswerStream(StreamingResponse):
 
 
 async def unless_left(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Do the work, or drop it when the client goes away; nobody reads the error that this raises then."""
+    """Do the work and return its result; raises `ApiError` 499, and cancels it, if the client goes away before."""
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -327,7 +327,7 @@ class Answer:
         piece["finish_reason"] = "length" if scoring and chunk.finish_reason else chunk.finish_reason
 
     def _offsets_of(self, index: int) -> "TextOffsets":
-        """Count one choice's characters, as OpenAI does, from the start of its prompt, echoed or not."""
+        """Return the counter of one choice's characters; it starts after the prompt, which OpenAI counts too."""
         if index not in self._offsets:
             found = self._offsets[index] = TextOffsets(self._asked.tokenizer)
             if not self._asked.body.echo:

@@ -86,8 +86,8 @@ def proxy_middlewares() -> list[Middleware]:
 class ProxyErrors:
     """Gives every request an answer in OpenAI's shape, whatever becomes of the replica that has it.
 
-    Serve's proxy ends a request whose replica dies without a word: before the answer has begun that would be a plain
-    500, in the midst of a stream a cut line. Its own refusals (no replica, too many requests) are plain text.
+    When a replica dies, Serve's proxy answers its requests with a plain 500, and simply ends the streams that have
+    begun. The proxy's own refusals (no replica, too many requests) are plain text.
     """
 
     def __init__(self, app: ASGIApp) -> None:

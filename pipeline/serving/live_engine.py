@@ -28,8 +28,10 @@ from pipeline.config import ServeConfig
 from pipeline.serving.backend import Backend, BackendStats, StartBackend, Ticket, most_tokens, sequences
 from pipeline.serving.errors import EngineDied, Overloaded
 
-PROMISE = 0.6  # share of a request's time that the work ahead may take by our measure: machines have bad moments
-RATE_WEIGHTS = (0.02, 0.3)  # of the newest step in our measure: one that remembers, and one that notices at once
+# A request is taken if the work ahead of it fills at most this share of its time at the measured speed; the rest is
+# for moments in which the machine is slower than that.
+PROMISE = 0.6
+RATE_WEIGHTS = (0.02, 0.3)  # weight of the newest step in two moving averages of the speed: a slow and a fast one
 
 logger = logging.getLogger("ray.serve")
 

@@ -169,6 +169,16 @@ def test_head_is_get_without_the_body(http: httpx.Client, path: str) -> None:
     assert http.head("/healthz").status_code == 200, "the connection is still in order"
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-37, 1e-20, 1e-10])
+def test_a_tiny_temperature_is_greedy(client: openai.OpenAI, temperature: float) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "Return", "max_tokens": 8}
+    extremes: dict[str, Any] = {"logit_bias": {"7": 100}, "extra_body": {"repetition_penalty": 1e-40}}
+    greedy = client.completions.create(**asked, temperature=0).choices[0].text
+    assert client.completions.create(**asked, temperature=temperature).choices[0].text == greedy
+    client.completions.create(**asked, temperature=temperature, **extremes)
+    assert client.completions.create(**asked, temperature=0).choices[0].text == greedy, "the engine is still there"
+
+
 def test_stop_strings_are_left_out(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "tiny", "prompt": "Return", "temperature": 0, "max_tokens": 30}
     text = client.completions.create(**asked).choices[0].text

@@ -7,10 +7,12 @@ part of the folder's name, so a changed config never meets the files of the old 
 recipe that its fingerprint was made of, so a stage ends with `output.commit(counts, files)` and says no more.
 """
 
+import errno
 import hashlib
 import json
 import os
 import posixpath
+import re
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -316,3 +318,14 @@ def describe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> st
         if json.dumps(before.get(key), default=list) != json.dumps(now.get(key), default=list)
     ]
     return "; ".join(rows) + "." if rows else "its inputs differ."
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Tell whether an error means a full disk or a used-up quota; what writes by itself only says so in its text."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if re.search("no space left on|disk quota exceeded|database or disk is full", str(error), re.IGNORECASE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -5,15 +5,18 @@ fingerprints to exactly the stages that depend on it.
 """
 
 import importlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast
 
 from pipeline import lease, tracking
-from pipeline.artifacts import Artifact, Manifest, Recipe, artifact_at, describe_difference
+from pipeline.artifacts import Artifact, Manifest, Recipe, artifact_at, describe_difference, is_disk_full
 from pipeline.config import Config
 from pipeline.corpus.files import fingerprint_source
 from pipeline.stages import STAGES
+
+SAME_OUTAGE_SECONDS = 60.0  # a failure so soon after MLflow's answer belongs to the outage before it
 
 
 class StageModule(Protocol):
@@ -64,6 +67,7 @@ def run(
     One run holds the pipeline's name at a time.
     Raises `ValueError` where a person can mend it.
     """
+    tracking.address(config)  # what is wrong with it is known before the first stage
     artifacts = locate(config)
     manifests: dict[str, Manifest] = {}
     again = False
@@ -95,17 +99,22 @@ def _run_through_outages(
 ) -> Manifest:
     """Run a stage; if MLflow goes away meanwhile, wait for it and go on with the same stage."""
     patience_minutes = config.train.mlflow_patience_minutes
-    deadline = None
+    deadline = answered = -math.inf
     while True:
         try:
             return module_of(stage).run(config, inputs, output)
         except Exception as error:
             if not tracking.is_outage(error):
+                if is_disk_full(error) and not isinstance(error, (OSError, ValueError)):
+                    raise ValueError(tracking.explain_trouble(error, tracking.address(config))) from error
                 raise
-            deadline = deadline or time.monotonic() + 60 * patience_minutes
+            # Each outage has its own deadline; what goes wrong right after an answer is still the same one.
+            if time.monotonic() - answered > SAME_OUTAGE_SECONDS:
+                deadline = time.monotonic() + 60 * patience_minutes
             report(f"{stage:<9} waits for MLflow, for {patience_minutes:g} minutes: {tracking.first_line(error)}")
             if not tracking.wait_for_answer(config, deadline):
                 raise
+            answered = time.monotonic()
 
 
 def _check_inputs(stage: str, inputs: Mapping[str, Artifact]) -> None:

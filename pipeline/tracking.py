@@ -8,20 +8,29 @@ import dataclasses
 import logging
 import os
 import re
+import shlex
 import subprocess
+import sys
+import threading
 import time
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline import addresses
-from pipeline.artifacts import Artifact, resolve_storage
+from pipeline.artifacts import Artifact, is_disk_full, resolve_storage
 from pipeline.config import Config
 
 logger = logging.getLogger(__name__)
 
 LONGEST_PARAMETER = 6000  # characters; MLflow refuses more
 
+
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+LOCKED = "database is locked"  # SQLite's words
+LONGEST_TAG = 5000  # characters
+CLOSE_SECONDS = 5.0  # of the thirty that a scheduler gives between its SIGTERM and its SIGKILL
 
 _answered: set[str] = set()  # addresses that have answered this process once
 
@@ -38,6 +47,7 @@ def connect(config: Config) -> str:
     """
     import mlflow
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     uri = address(config)
     artifact_root = None
@@ -47,14 +57,14 @@ def connect(config: Config) -> str:
         Path(storage).mkdir(parents=True, exist_ok=True)
         artifact_root = f"{storage}/mlflow"
     prepare_client(uri)
-    for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking.fluent"):
+    for name in ("alembic", "mlflow.tracking.fluent"):
         logging.getLogger(name).setLevel(logging.WARNING)  # else a page of migrations at the first use
     mlflow.set_tracking_uri(uri)
     if is_ours:
         # MLflow also writes it into the environment, where the next `connect` would take it for the user's wish.
         os.environ.pop("MLFLOW_TRACKING_URI", None)
-    client = mlflow.MlflowClient(tracking_uri=uri)
     try:
+        client = mlflow.MlflowClient(tracking_uri=uri)
         experiment = client.get_experiment_by_name(config.name)
         if experiment is None:
             try:
@@ -65,8 +75,10 @@ def connect(config: Config) -> str:
         elif experiment.lifecycle_stage == "deleted":
             client.restore_experiment(experiment.experiment_id)
         mlflow.set_experiment(config.name)
-    except MlflowException as error:
-        raise MlflowAway(f"MLflow at {without_password(uri)} does not answer: {first_line(error)}") from None
+    except (MlflowException, SQLAlchemyError) as error:
+        # Waiting frees no disk.
+        kind = ValueError if is_disk_full(error) else MlflowAway
+        raise kind(explain_trouble(error, uri)) from None
     _answered.add(uri)
     return uri
 
@@ -83,7 +95,7 @@ def is_outage(error: BaseException | None) -> bool:
             return True
         # The client's words for no connection, and for a gateway's answer in place of the server's.
         if isinstance(error, MlflowException) and not isinstance(error, RestException):
-            return str(error).startswith("API request to")
+            return str(error).startswith("API request to") or LOCKED in str(error)
         error = error.__cause__ or error.__context__
     return False
 
@@ -101,7 +113,10 @@ def wait_for_answer(config: Config, deadline: float) -> bool:
 
 
 def address(config: Config) -> str:
-    """Return the tracking URI: MLFLOW_TRACKING_URI, else an SQLite file under a local storage root."""
+    """Return the tracking URI: MLFLOW_TRACKING_URI, else an SQLite file under a local storage root.
+
+    Raises `ValueError` for what can be no such address; nothing is connected.
+    """
     storage = resolve_storage(config.storage)
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri and "://" in storage:
@@ -109,15 +124,60 @@ def address(config: Config) -> str:
             f"With storage at {storage} MLflow needs a server: set MLFLOW_TRACKING_URI"
             " (for a try: `mlflow server --artifacts-destination s3://bucket/mlflow`)."
         )
+    if uri:
+        check_address(uri)
     return uri or f"sqlite:///{storage}/mlflow.db"
 
 
+def check_address(uri: str) -> None:
+    """Raise `ValueError` for what can be no address of an MLflow server or store, as far as its text says."""
+    scheme, separator, rest = uri.partition("://")
+    told = f"MLFLOW_TRACKING_URI is {without_password(uri)!r}"
+    if separator and re.fullmatch(r"https?", scheme):
+        try:
+            parsed = urllib.parse.urlsplit(uri)
+            good = bool(parsed.hostname) and parsed.port != 0
+        except ValueError:
+            good = False
+        if not good:
+            raise ValueError(f"{told}, which names no host and port; write {scheme}://HOST:5000.")
+    elif re.fullmatch(r"[\w.-]+:\d+(/.*)?", uri):
+        raise ValueError(f"{told}, which lacks its scheme; write http://{uri}.")
+    elif scheme == "file" or uri.startswith(("file:", ".", "/", "~")):
+        raise ValueError(
+            f"{told}, a folder, and MLflow keeps runs in folders no longer; write sqlite:////path/to/mlflow.db, or"
+            " unset it for such a file beside the artifacts."
+        )
+    elif not (separator and rest.strip("/") and scheme.partition("+")[0] in DATABASES):
+        raise ValueError(
+            f"{told}, which is no address of MLflow; write http://HOST:5000 or sqlite:////path/to/mlflow.db, or unset"
+            " it for such a file beside the artifacts."
+        )
+
+
 def prepare_client(uri: str) -> None:
-    """Have MLflow's HTTP client give up in seconds, not in the quarter of an hour that is its default, and go past
-    any proxy where the server is our own."""
+    """Have MLflow's client give up in seconds, and go past any proxy where the server is our own.
+
+    Its default is to try for a quarter of an hour. A database's error is raised: the page that MLflow logs of it as
+    well says nothing more.
+    """
     addresses.go_direct(uri)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+
+
+def explain_trouble(error: BaseException, uri: str) -> str:
+    """Say in one sentence why MLflow does not take or tell anything now."""
+    where = without_password(uri)
+    if LOCKED in str(error):
+        return (
+            f"MLflow's store at {where} is locked by another process: end that one (an old run, a backup, a shell in"
+            " the database) or wait for it."
+        )
+    if is_disk_full(error):
+        return f"No space left on the device of MLflow's store at {where}: make room there."
+    return f"MLflow at {where} does not answer: {first_line(error).rstrip('.')}."
 
 
 def without_password(uri: str) -> str:
@@ -134,27 +194,20 @@ def open_run(
 ) -> str:
     """Return the MLflow run of this training: `run_id` if MLflow still has it, else a new one.
 
-    A new run gets its parameters, git commit and data digests here; a resumed one has them already.
+    A new run gets its parameters, git commit and data digests here; a resumed one has them already. Each start leaves
+    its command line.
     """
     import mlflow
     from mlflow.entities import Dataset, DatasetInput, Param
-    from mlflow.exceptions import MlflowException
 
     client = mlflow.MlflowClient()
-    if run_id is not None:
-        try:
-            run = client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-        else:
-            if run.info.lifecycle_stage == "deleted":
-                client.restore_run(run_id)
-            client.update_run(run_id, status="RUNNING")
-            return run_id
+    if run_id is not None and revive_run(run_id):
+        client.update_run(run_id, status="RUNNING")
+        client.set_tag(run_id, "command", command_line())
+        return run_id
     experiment = client.get_experiment_by_name(config.name)
     assert experiment is not None, "connect() makes it"
-    tags = {"mlflow.source.name": "jobs.train", "mlflow.source.type": "JOB"} | git_tags()
+    tags = {"mlflow.source.name": "jobs.train", "mlflow.source.type": "JOB", "command": command_line()} | git_tags()
     run = client.create_run(experiment.experiment_id, run_name=name, tags=tags)
     settings = flatten(dataclasses.asdict(config)) | dict(facts)
     params = [Param(key, str(value)[:LONGEST_PARAMETER]) for key, value in settings.items()]
@@ -170,14 +223,59 @@ def open_run(
     return str(run.info.run_id)
 
 
-def close_run(run_id: str, status: str) -> None:
-    """Say in MLflow how the run ended; a server that is away does not change how it ended."""
+def revive_run(run_id: str) -> bool:
+    """Tell whether MLflow still has a run, which is brought back if somebody deleted it."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow.MlflowClient()
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+    if run.info.lifecycle_stage == "deleted":
+        client.restore_run(run_id)
+    return True
+
+
+def find_run(config: Config, trained: Artifact) -> str:
+    """Return the MLflow run of a training that is done, for the stages after it.
+
+    Where it was purged, or this is another store, that is the run which took its place, if need be a new one.
+    """
     import mlflow
 
-    try:
-        mlflow.MlflowClient().set_terminated(run_id, status)
-    except Exception as error:
-        logger.warning("MLflow was not told that the run is %s: %s", status, first_line(error))
+    manifest = trained.manifest()
+    assert manifest is not None
+    run_id = str(manifest.counts["mlflow_run_id"])
+    if revive_run(run_id):
+        return run_id
+    experiment = mlflow.MlflowClient().get_experiment_by_name(config.name)
+    assert experiment is not None, "connect() makes it"
+    same = f"params.fingerprint = '{trained.fingerprint}'"
+    found = mlflow.MlflowClient().search_runs([experiment.experiment_id], same, max_results=1)
+    if found:
+        return str(found[0].info.run_id)
+    logger.warning("MLflow no longer has the run %s of the training; what comes now goes to a new one.", run_id)
+    facts = {"artifact": trained.url, "fingerprint": trained.fingerprint}
+    return open_run(config, None, name=trained.url.rpartition("/")[2], data={}, facts=facts)
+
+
+def close_run(run_id: str, status: str) -> None:
+    """Say in MLflow how the run ended, if that takes a few seconds at most; how it ended does not depend on it."""
+    import mlflow
+
+    def tell() -> None:
+        try:
+            mlflow.MlflowClient().set_terminated(run_id, status)
+        except Exception as error:
+            logger.warning("MLflow was not told that the run is %s: %s", status, first_line(error))
+
+    telling = threading.Thread(target=tell, name="close-run", daemon=True)
+    telling.start()
+    telling.join(CLOSE_SECONDS)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -189,6 +287,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             leaves[f"{prefix}{name}"] = value
     return leaves
+
+
+def command_line() -> str:
+    """The command that started this process, for the record."""
+    return without_password(shlex.join(sys.orig_argv))[:LONGEST_TAG]
 
 
 def git_tags() -> dict[str, str]:

@@ -12,20 +12,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.tracking import first_line, prepare_client
+from pipeline.artifacts import is_disk_full
+from pipeline.tracking import explain_trouble, first_line, prepare_client
 
 logger = logging.getLogger(__name__)
 
 METRICS_PER_REQUEST = 900  # MLflow takes 1,000 at most
 LONGEST_WAIT_SECONDS = 15.0
+REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # the server's answer would be the same the next time
 
 
 class Tracker:
-    """Logs to one MLflow run from a background thread; nothing is lost while the server is away.
+    """Logs to one MLflow run; nothing is lost while the server is away. Without a run id it logs nothing.
 
-    Every record is kept until the server has taken it. `unsent()` gives what is still here, so that a checkpoint
-    can carry it over a crash: the next Tracker starts with it. A step that the server already has under a name is
-    not sent again, so a training that repeats steps after a restart leaves one continuous curve.
+    Every record is kept until the server has taken it or refused it. `unsent()` gives what is still here, so that a
+    checkpoint can carry it over a crash: the next Tracker starts with it. A step that the server already has under a
+    name is not sent again, so a training that repeats steps after a restart leaves one continuous curve.
     """
 
     def __init__(
@@ -34,18 +36,21 @@ class Tracker:
         import mlflow
 
         prepare_client(uri)
-        self._client = mlflow.MlflowClient(tracking_uri=uri)
+        self._uri = uri
         self._run_id = run_id
         self._resumed = resumed  # the run may hold steps already: ask before sending
         self._known_steps: dict[str, set[int]] = {}
-        self._records: list[dict[str, Any]] = [dict(record) for record in unsent]
+        self._records: list[dict[str, Any]] = [dict(record) for record in unsent] if run_id else []
         self._drawings: dict[str, Callable[[], bytes]] = {}
+        self._refused: set[str] = set()  # the names of what has been dropped
         self._changed = threading.Condition()
         self._busy = False
         self._closing = False
         self._warned = False
-        self._thread = threading.Thread(target=self._send_all, name="mlflow-tracker", daemon=True)
-        self._thread.start()
+        self._disk_full = False
+        if run_id:
+            self._client = mlflow.MlflowClient(tracking_uri=uri)
+            threading.Thread(target=self._send_all, name="mlflow-tracker", daemon=True).start()
 
     def __enter__(self) -> "Tracker":
         return self
@@ -65,6 +70,8 @@ class Tracker:
 
     def log_drawing(self, path: str, draw: Callable[[], bytes]) -> None:
         """Draw in the background and log the picture; only the newest one of a path is sent."""
+        if not self._run_id:
+            return
         with self._changed:
             self._drawings[path] = draw
             self._changed.notify_all()
@@ -75,9 +82,10 @@ class Tracker:
             return [dict(record) for record in self._records]
 
     def flush(self, timeout_seconds: float) -> bool:
-        """Wait until everything has been taken; returns False if that took too long."""
+        """Wait until everything has been taken; returns False if that took too long, or the store's disk is full."""
         with self._changed:
-            return self._changed.wait_for(self._is_idle, timeout_seconds)
+            self._changed.wait_for(lambda: self._is_idle() or self._disk_full, timeout_seconds)
+            return self._is_idle()
 
     def close(self, timeout_seconds: float) -> list[dict[str, Any]]:
         """Wait for a while, stop the thread, and return what MLflow did not take."""
@@ -91,6 +99,8 @@ class Tracker:
         return not self._records and not self._drawings and not self._busy
 
     def _add(self, record: dict[str, Any]) -> None:
+        if not self._run_id:
+            return
         with self._changed:
             self._records.append(record)
             self._changed.notify_all()
@@ -106,18 +116,16 @@ class Tracker:
                 drawings, self._drawings = self._drawings, {}
                 self._busy = True
             try:
-                self._send(batch)
-                for path, draw in drawings.items():
-                    self._send_file(path, draw())
-                wait = 1.0
-                if self._warned:
-                    logger.warning("MLflow answers again; everything logged meanwhile is being sent.")
-                    self._warned = False
+                self._deliver(batch)
+                for path in list(drawings):
+                    self._deliver_drawing(path, drawings[path])
+                    del drawings[path]
             except Exception as error:  # whatever the network does, training goes on
-                if getattr(error, "error_code", "") != "INVALID_PARAMETER_VALUE":
-                    wait = self._back_off(error, drawings, wait)
-                    continue
-                logger.warning("MLflow refused a record, it is dropped: %s", first_line(error))
+                wait = self._back_off(error, drawings, wait)
+                continue
+            if self._warned:
+                logger.warning("MLflow answers again; everything logged meanwhile is being sent.")
+            wait, self._warned, self._disk_full = 1.0, False, False
             with self._changed:
                 del self._records[: len(batch)]
                 self._busy = False
@@ -132,6 +140,32 @@ class Tracker:
                 break
             batch.append(record)
         return batch
+
+    def _deliver(self, batch: Sequence[Mapping[str, Any]]) -> None:
+        """Send a batch; where MLflow refuses it, send its parts, and drop only what is refused by itself."""
+        try:
+            self._send(batch)
+        except Exception as error:
+            if getattr(error, "error_code", "") not in REFUSALS:
+                raise
+            parts = _halves(batch)
+            if not parts:
+                self._drop(_name_record(batch[0]), error)
+            for part in parts:
+                self._deliver(part)
+
+    def _deliver_drawing(self, path: str, draw: Callable[[], bytes]) -> None:
+        try:
+            picture = draw()
+        except Exception as error:  # a picture is not worth the figures behind it
+            self._drop(path, error)
+            return
+        self._deliver([{"path": path, "picture": picture}])
+
+    def _drop(self, name: str, error: Exception) -> None:
+        if name not in self._refused:
+            logger.warning("MLflow did not take %s, which is dropped: %s", name, first_line(error))
+        self._refused.add(name)
 
     def _send(self, batch: Sequence[Mapping[str, Any]]) -> None:
         from mlflow.entities import Metric, RunTag
@@ -152,8 +186,9 @@ class Tracker:
         for name, step in metrics:
             self._known_steps[name].add(step)
         for record in batch:
-            if "text" in record:
-                self._send_file(record["path"], record["text"].encode())
+            if "path" in record:
+                content = record["text"].encode() if "text" in record else record["picture"]
+                self._send_file(record["path"], content)
 
     def _steps_of(self, name: str) -> set[int]:
         if name not in self._known_steps:
@@ -170,10 +205,30 @@ class Tracker:
 
     def _back_off(self, error: Exception, drawings: dict[str, Callable[[], bytes]], wait: float) -> float:
         if not self._warned:
-            logger.warning("MLflow is away (%s); training goes on, and what it logs is kept.", first_line(error))
+            logger.warning("%s Training goes on, and what it logs is kept.", explain_trouble(error, self._uri))
             self._warned = True
         with self._changed:
             self._drawings = drawings | self._drawings
             self._busy = False
+            self._disk_full = is_disk_full(error)
+            self._changed.notify_all()
             self._changed.wait_for(lambda: self._closing, wait)
         return min(2 * wait, LONGEST_WAIT_SECONDS)
+
+
+def _halves(batch: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Divide a batch in two, or the figures of its only record; empty where nothing is left to divide."""
+    middle = len(batch) // 2
+    if middle:
+        return [list(batch[:middle]), list(batch[middle:])]
+    [record] = batch
+    for kind in ("metrics", "tags"):
+        entries = list(record.get(kind, {}).items())
+        if len(entries) > 1:
+            middle = len(entries) // 2
+            return [[{**record, kind: dict(part)}] for part in (entries[:middle], entries[middle:])]
+    return []
+
+
+def _name_record(record: Mapping[str, Any]) -> str:
+    return str(record.get("path") or next(iter({**record.get("metrics", {}), **record.get("tags", {})}), "a record"))

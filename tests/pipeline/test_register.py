@@ -5,7 +5,7 @@ import pytest
 
 from pipeline import register, tracking
 from pipeline.artifacts import Artifact, Manifest, artifact_at
-from pipeline.config import Config, load_config
+from pipeline.config import Config, RegisterConfig, load_config
 from pipeline.registry import PROBE_TAG
 
 
@@ -78,3 +78,37 @@ def test_the_name_can_be_chosen(config, inputs):
     chosen = replace(config, register=replace(config.register, model_name="chosen"))
     assert run(chosen, inputs).counts["model_name"] == "chosen"
     assert champion("chosen")
+
+
+def test_a_run_that_was_deleted_before_takes_the_version(config, inputs):
+    run_id = inputs["train"].manifest().counts["mlflow_run_id"]
+    mlflow.MlflowClient().delete_run(run_id)
+    run(config, inputs)
+    assert champion().run_id == run_id
+
+
+def test_a_version_whose_run_is_gone_for_good_gets_another(config, inputs):
+    inputs["train"].commit({"mlflow_run_id": "0" * 32, "num_parameters": 7}, inputs["train"].manifest().files)
+    run(config, inputs)
+    assert champion().run_id == champion().tags["mlflow_run_id"] != "0" * 32
+
+
+@pytest.mark.parametrize("deleted", ["the registered model", "the version", "the version's files"])
+def test_what_was_deleted_in_the_registry_is_registered_again(config, inputs, deleted):
+    first = run(config, inputs)
+    client, version = mlflow.MlflowClient(), champion()
+    if deleted == "the registered model":
+        client.delete_registered_model("tiny")
+    elif deleted == "the version":
+        client.delete_model_version("tiny", version.version)
+    else:
+        client.delete_logged_model(version.source.removeprefix("models:/"))
+    assert not register.still_holds(config, first)
+    assert register.still_holds(config, run(config, inputs))
+    assert champion().source != version.source
+
+
+@pytest.mark.parametrize("name", ["it's", 'a "b"', "a/b", "a:b", "`x`"])
+def test_a_name_that_the_registry_cannot_search_for_is_refused_with_the_settings(name):
+    with pytest.raises(ValueError, match=r"register\.model_name is "):
+        RegisterConfig(model_name=name)

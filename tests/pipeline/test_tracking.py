@@ -1,99 +1,18 @@
-"""Nothing logged is lost or doubled, whether or not MLflow is there."""
+"""Where MLflow is, what is wrong with that address, and which run a training has there."""
 
-import os
-import signal
-import socket
+import re
+import sqlite3
 import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import mlflow
 import pytest
 
 from pipeline import evaluate, orchestrator, tracking
-from pipeline.artifacts import artifact_at
+from pipeline.artifacts import Artifact, artifact_at
 from pipeline.config import Config, load_config
-from pipeline.training.tracker import Tracker
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One SQLite store for all tests: to make it takes MLflow seconds."""
-    return str(tmp_path_factory.mktemp("storage"))
-
-
-@pytest.fixture
-def config(store: str, monkeypatch: pytest.MonkeyPatch) -> Config:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return load_config(None, [f"storage={store}", "name=tiny"])
-
-
-@pytest.fixture
-def run(config: Config) -> tuple[str, str]:
-    """A tracking URI and a run in it."""
-    uri = tracking.connect(config)
-    return uri, new_run(config)
-
-
-def new_run(config: Config) -> str:
-    return tracking.open_run(config, None, name="try", data={}, facts={"fingerprint": "f"})
-
-
-def steps_of(run: tuple[str, str], name: str) -> list[tuple[int, float]]:
-    history = mlflow.MlflowClient(tracking_uri=run[0]).get_metric_history(run[1], name)
-    return [(metric.step, metric.value) for metric in history]
-
-
-def test_everything_logged_arrives_in_order(run: tuple[str, str]) -> None:
-    with Tracker(*run) as tracker:
-        for step in range(2000):
-            tracker.log_metrics({"a": step / 2, "b": -step}, step)
-        tracker.log_text("notes/first.txt", "Grüße")
-        tracker.log_drawing("picture.png", lambda: b"png")
-        assert tracker.flush(timeout_seconds=60)
-    assert steps_of(run, "a") == [(step, step / 2) for step in range(2000)]
-    assert len(steps_of(run, "b")) == 2000
-    client = mlflow.MlflowClient(tracking_uri=run[0])
-    assert Path(client.download_artifacts(run[1], "notes/first.txt")).read_text() == "Grüße"
-    assert Path(client.download_artifacts(run[1], "picture.png")).read_bytes() == b"png"
-
-
-def test_a_step_logged_again_after_a_restart_is_not_doubled(run: tuple[str, str]) -> None:
-    with Tracker(*run) as tracker:
-        for step in range(8):
-            tracker.log_metrics({"loss": 10.0 - step}, step)
-        tracker.flush(timeout_seconds=30)
-    with Tracker(*run, resumed=True) as tracker:
-        for step in range(5, 12):
-            tracker.log_metrics({"loss": 10.0 - step}, step)
-            tracker.log_metrics({"loss": 10.0 - step}, step)
-        tracker.flush(timeout_seconds=30)
-    assert steps_of(run, "loss") == [(step, 10.0 - step) for step in range(12)]
-
-
-def test_what_one_tracker_could_not_send_the_next_one_sends(run: tuple[str, str], tmp_path: Path) -> None:
-    nowhere = Tracker(f"http://127.0.0.1:{free_port()}", run[1])
-    nowhere.log_metrics({"loss": 1.5}, 1)
-    nowhere.log_text("sample.txt", "The cat")
-    assert not nowhere.flush(timeout_seconds=0.2)
-    unsent = nowhere.close(timeout_seconds=0)
-    assert len(unsent) == 2
-    with Tracker(*run, unsent=unsent, resumed=True) as tracker:
-        assert tracker.flush(timeout_seconds=30)
-    assert steps_of(run, "loss") == [(1, 1.5)]
-
-
-def test_logging_never_waits(run: tuple[str, str]) -> None:
-    tracker = Tracker(f"http://127.0.0.1:{free_port()}", run[1])
-    began = time.monotonic()
-    for step in range(1000):
-        tracker.log_metrics({"loss": 1.0}, step)
-    assert time.monotonic() - began < 1.0
-    tracker.close(timeout_seconds=0)
+from tests.mlflow_store import free_port, mlflow_server
 
 
 def test_storage_on_s3_needs_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,81 +22,13 @@ def test_storage_on_s3_needs_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_server_that_is_not_there_is_named_without_its_password(
-    config: Config, monkeypatch: pytest.MonkeyPatch
+    tracked_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{free_port()}")
     with pytest.raises(ValueError, match=r"MLflow at http://…@127\.0\.0\.1:\d+ does not answer") as raised:
-        tracking.connect(config)
+        tracking.connect(tracked_config)
     assert "secret" not in str(raised.value)
-
-
-def test_a_resumed_training_keeps_its_run_and_a_deleted_one_is_replaced(config: Config, run: tuple[str, str]) -> None:
-    again = tracking.open_run(config, run[1], name="try", data={}, facts={})
-    assert again == run[1]
-    other = tracking.open_run(config, "0" * 32, name="try", data={}, facts={})
-    assert other not in ("0" * 32, run[1])
-
-
-@pytest.mark.slow
-def test_every_metric_arrives_although_the_server_was_killed_meanwhile(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    port = free_port()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-    config = load_config(None, ["storage=unused", "name=tiny"])
-    with mlflow_server(tmp_path, port):
-        uri = tracking.connect(config)
-        run = (uri, new_run(config))
-        tracker = Tracker(*run)
-        for step in range(100):
-            tracker.log_metrics({"loss": float(step)}, step)
-        assert tracker.flush(timeout_seconds=60)
-    slowest = 0.0
-    for step in range(100, 300):
-        began = time.monotonic()
-        tracker.log_metrics({"loss": float(step)}, step)
-        tracker.log_text(f"samples/{step}.txt", "The cat") if step % 50 == 0 else None
-        slowest = max(slowest, time.monotonic() - began)
-        time.sleep(0.01)
-    assert slowest < 0.5
-    assert tracker.unsent()
-    with mlflow_server(tmp_path, port):
-        assert tracker.flush(timeout_seconds=120)
-        assert steps_of(run, "loss") == [(step, float(step)) for step in range(300)]
-        assert len(mlflow.MlflowClient(tracking_uri=uri).list_artifacts(run[1], "samples")) == 4
-    tracker.close(timeout_seconds=0)
-
-
-@contextmanager
-def mlflow_server(folder: Path, port: int) -> Iterator[None]:
-    """A real `mlflow server`, killed without a warning at the end."""
-    server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1",
-         "--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "artifacts")],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except OSError:
-                assert time.monotonic() < deadline
-                assert server.poll() is None
-                time.sleep(0.5)
-        yield
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_the_commit_is_named_and_marked_when_files_differ(tmp_path: Path) -> None:
@@ -204,6 +55,138 @@ def test_a_job_on_a_cluster_names_the_commit_that_it_was_sent_with(monkeypatch: 
     assert tracking.git_tags() == {"mlflow.source.git.commit": "abc", "git_files_changed": "true"}
     monkeypatch.setenv("GIT_COMMIT", "abc")
     assert tracking.git_tags()["git_files_changed"] == "false"
+
+
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        ("localhost:5000", "lacks its scheme; write http://localhost:5000"),
+        ("10.0.0.1:5000/mlflow", "lacks its scheme; write http://10.0.0.1:5000/mlflow"),
+        ("./mlruns", "a folder, and MLflow keeps runs in folders no longer; write sqlite:////"),
+        ("/data/mlruns", "a folder"),
+        ("file:///", "a folder"),
+        ("file:///data/mlruns", "a folder"),
+        ("nonsense", "no address of MLflow; write http://HOST:5000 or sqlite:////"),
+        ("ftp://host/x", "no address of MLflow"),
+        ("s3://bucket/x", "no address of MLflow"),
+        ("sqlite://", "no address of MLflow"),
+        ("http://", "names no host and port"),
+        ("http://localhost:many", "names no host and port"),
+        ("http://me:secret@:5000", "names no host and port"),
+    ],
+)
+def test_an_address_that_can_be_none_is_refused_before_the_first_stage(
+    address: str, sentence: str, storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with pytest.raises(ValueError, match=re.escape(sentence)) as raised:
+        orchestrator.run(load_config(None, [f"storage={storage}", "name=tiny"]))
+    assert "\n" not in str(raised.value)
+    assert "secret" not in str(raised.value)
+    assert not Path(storage).exists()
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://localhost:5000", "https://me:secret@host/mlflow", "sqlite:////x/y.db", "postgresql+psycopg2://u:p@h/db"],
+)
+def test_an_address_that_can_be_one_is_taken(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    assert tracking.address(load_config(None, ["storage=s3://bucket/runs"])) == address
+
+
+def test_a_locked_store_is_told_in_a_sentence_and_is_waited_for(
+    tracked_config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = tracking.address(tracked_config)
+    holder = sqlite3.connect(store.removeprefix("sqlite:///"), isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{store}?timeout=0.1")
+    with pytest.raises(tracking.MlflowAway, match=r"is locked by another process: end that one .* or wait") as raised:
+        tracking.connect(tracked_config)
+    assert "\n" not in str(raised.value)
+    assert tracking.is_outage(raised.value)
+    assert "Traceback" not in caplog.text
+    holder.execute("ROLLBACK")
+    holder.close()
+    tracking.connect(tracked_config)
+
+
+def test_a_full_disk_is_told_and_not_waited_for(tracked_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*_: object, **__: object) -> None:
+        raise mlflow.exceptions.MlflowException("(sqlite3.OperationalError) database or disk is full")
+
+    monkeypatch.setattr(mlflow.MlflowClient, "get_experiment_by_name", fill)
+    with pytest.raises(ValueError, match="No space left on the device of MLflow's store") as raised:
+        tracking.connect(tracked_config)
+    assert not tracking.is_outage(raised.value)
+
+
+def test_a_resumed_training_keeps_its_run_and_one_that_is_gone_is_replaced(
+    tracked_config: Config, tracked_run: tuple[str, str]
+) -> None:
+    again = tracking.open_run(tracked_config, tracked_run[1], name="try", data={}, facts={})
+    assert again == tracked_run[1]
+    other = tracking.open_run(tracked_config, "0" * 32, name="try", data={}, facts={})
+    assert other not in ("0" * 32, tracked_run[1])
+
+
+def test_a_run_says_which_command_started_it_even_if_it_goes_on(
+    tracked_config: Config, tracked_run: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def command() -> str:
+        return str(mlflow.MlflowClient().get_run(tracked_run[1]).data.tags["command"])
+
+    assert "pytest" in command()
+    monkeypatch.setattr(tracking.sys, "orig_argv", ["python", "-m", "jobs.train", "demo", "x=http://me:secret@host"])
+    tracking.open_run(tracked_config, tracked_run[1], name="try", data={}, facts={})
+    assert command() == "python -m jobs.train demo x=http://…@host"
+
+
+def test_a_deleted_run_is_brought_back_and_a_purged_one_replaced_once(
+    tracked_config: Config, tracked_run: tuple[str, str]
+) -> None:
+    def trained(run_id: str, fingerprint: str) -> Artifact:
+        artifact = artifact_at(tracked_config.storage, "tiny", "train", fingerprint)
+        artifact.commit({"mlflow_run_id": run_id}, {})
+        return artifact
+
+    mlflow.MlflowClient().delete_run(tracked_run[1])
+    assert tracking.find_run(tracked_config, trained(tracked_run[1], "1" * 20)) == tracked_run[1]
+    assert mlflow.MlflowClient().get_run(tracked_run[1]).info.lifecycle_stage == "active"
+    purged = trained("0" * 32, "2" * 20)
+    new = tracking.find_run(tracked_config, purged)
+    assert new not in ("0" * 32, tracked_run[1])
+    assert tracking.find_run(tracked_config, purged) == new
+
+
+def test_each_outage_has_a_deadline_of_its_own(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine minutes away, an hour of work, nine minutes away, with a patience of ten."""
+    now, deadlines = [1000.0], []
+
+    def wait(config: Config, deadline: float) -> bool:
+        deadlines.append(deadline - now[0])
+        now[0] += 9 * 60
+        return now[0] < deadline
+
+    attempts = iter([0, 3600, 30])
+
+    def run(*_: object) -> str:
+        for worked in attempts:
+            now[0] += worked
+            raise tracking.MlflowAway("MLflow does not answer.")
+        return "done"
+
+    monkeypatch.setattr(tracking, "_answered", {"somewhere"})
+    monkeypatch.setattr(tracking, "wait_for_answer", wait)
+    monkeypatch.setattr(orchestrator.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(evaluate, "run", run)
+    config = load_config(None, [f"storage={storage}", "name=tiny", "train.mlflow_patience_minutes=10"])
+    output = artifact_at(config.storage, config.name, "evaluate", "0" * 20)
+    # Thirty seconds after an answer it is still the same outage: a server that flaps is not waited for for ever.
+    with pytest.raises(tracking.MlflowAway):
+        orchestrator._run_through_outages("evaluate", config, {}, output, lambda words: None)
+    assert deadlines == [600, 600, 30]
 
 
 @pytest.mark.slow

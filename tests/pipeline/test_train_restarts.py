@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from pipeline.training import launch, worker
-from tests.pipeline.test_tracking import free_port, mlflow_server
+from tests.mlflow_store import free_port, mlflow_server
 from tests.pipeline.tiny_training import (
     Training,
     dying_worker,
@@ -203,6 +203,31 @@ def test_sigterm_saves_and_exits_within_thirty_seconds(long_undisturbed: Trainin
     assert stopped_at % 20 != 0 or stopped_at < 300  # a checkpoint of its own
     second = Driver(tmp_path, *LONG)
     second.end()
+    same_as(finished(tmp_path, *LONG), long_undisturbed)
+
+
+@pytest.mark.slow
+def test_sigterm_ends_in_time_where_no_worker_answers_and_the_next_start_tidies_up(
+    long_undisturbed: Training, tmp_path: Path
+) -> None:
+    """As on a machine so loaded that the checkpoint is never written whole."""
+    first = Driver(tmp_path, *LONG)
+    first.wait_for(r"step +60/")
+    for process in psutil.Process(first.process.pid).children(recursive=True):
+        if "RayTrainWorker" in " ".join(process.cmdline()):
+            process.suspend()
+    config = tiny_config(str(tmp_path), *LONG)
+    half_written = Path(tiny_output(config, tiny_inputs(config)).url) / "checkpoints/step-00000061-00000000"
+    half_written.mkdir()
+    (half_written / "model.safetensors").write_bytes(b"half")
+    asked = time.monotonic()
+    first.process.send_signal(signal.SIGTERM)
+    first.wait_for("stopping without it: it was not written in 20 s")
+    first.process.wait(timeout=60)
+    assert time.monotonic() - asked < 30
+    assert first.process.returncode == 128 + signal.SIGTERM
+    assert Driver(tmp_path, *LONG).end()["restarts"] == 1
+    assert not half_written.exists()
     same_as(finished(tmp_path, *LONG), long_undisturbed)
 
 

@@ -99,7 +99,7 @@ def config(tmp_path: Path, old_source: None) -> Config:
 def test_a_preset_finds_what_it_made_before(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orchestrator, "fingerprint_source", lambda source: "0" * 20)
     found = orchestrator.locate(load_config(f"jobs/presets/{preset}.yaml"))
-    assert tuple(found[stage].fingerprint for stage in orchestrator.STAGE_NAMES) == FINGERPRINTS[preset]
+    assert tuple(found[stage].fingerprint for stage in orchestrator.STAGES) == FINGERPRINTS[preset]
 
 
 def test_a_training_goes_on_from_the_old_checkpoint_on_the_old_shards(config: Config, ray_session: None) -> None:

@@ -159,7 +159,7 @@ class TrainConfig:
     )
     keep_checkpoints: int = setting(2, "newest checkpoints to keep, beside the best one", affects_result=False)
     log_every_steps: int = setting(10, "steps between lines of progress and points in MLflow", affects_result=False)
-    on_bad_loss: str = setting("stop", "when a loss is NaN or infinite: stop, or skip the batch and go on")
+    on_bad_loss: str = setting("stop", "when a loss is NaN or infinite: stop, or skip the batch (20 in a row at most)")
     max_restarts: int = setting(
         20, "failures of workers after which the run gives up; -1 never does", affects_result=False
     )

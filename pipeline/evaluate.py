@@ -44,7 +44,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
 
     text = json.dumps(result, indent=1, ensure_ascii=False)
     record = output.write_text("evaluation.json", text + "\n")
-    with mlflow.start_run(run_id=trained.counts["mlflow_run_id"]):
+    with mlflow.start_run(run_id=tracking.find_run(config, inputs["train"])):
         mlflow.log_metrics({"evaluate/bits_per_byte": result["bits_per_byte"], "evaluate/loss": result["loss"]})
         mlflow.log_text(text, "evaluation.json")
     return output.commit(
@@ -61,7 +61,8 @@ def score_checkpoint(config: Config, train: Artifact, shards: Artifact, device: 
     manifest = train.manifest()
     assert manifest is not None
     set_threads(config.train.threads_per_worker, 1)
-    precision = choose_precision(config.train.precision, device)
+    # What `auto` came to on the machine that trained; checkpoints of earlier code do not say.
+    precision = choose_precision(manifest.counts.get("precision") or config.train.precision, device)
     with tempfile.TemporaryDirectory() as folder:
         records = {name: record for name, record in manifest.files.items() if name.startswith("checkpoint/")}
         checkpoint = train.download(Path(folder), records) / "checkpoint"

@@ -166,6 +166,7 @@ def finish(config: Config, plan: TrainingPlan, result: dict[str, Any]) -> Manife
             "restarts": len(history.restarts),
             "skipped_steps": history.skipped_steps,
             "seconds": history.seconds,
+            "precision": history.precision,
         },
         files=files,
     )

@@ -66,6 +66,10 @@ class Progress:
             self._bar.total = max(self._bar.total, self._bar.n + amount)
         self._bar.update(amount)
 
+    def say(self, words: str) -> None:
+        """Print words above the bar."""
+        self._bar.write(words, file=self._bar.fp)
+
     def finish(self) -> None:
         """Print the last line: what was done is all there was."""
         if self._bar.total is not None:

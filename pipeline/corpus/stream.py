@@ -422,24 +422,3 @@ class ValidationStream:
                 batch.targets[row, max(0, self.num_tokens - sequence * length) :] = IGNORED
             batch.step = step
             yield batch
-
-
-def validation_batches(
-    shards: Artifact,
-    *,
-    context_length: int,
-    batch_sequences: int,
-    max_tokens: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    cache_folder: Path | str | None = None,
-) -> Iterator[Batch]:
-    """Yield one rank's batches of the validation split; see `ValidationStream`."""
-    stream = ValidationStream(
-        shards,
-        context_length=context_length,
-        batch_sequences=batch_sequences,
-        max_tokens=max_tokens,
-        cache_folder=cache_folder,
-    )
-    return stream.batches(rank, world_size)

@@ -6,11 +6,12 @@
 The end of the name is random: a worker that is cut off and a new one in its place never write the same folder.
 """
 
+import errno
 import logging
+import os
 import posixpath
 import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.artifacts import Artifact, Manifest, Recipe, check_digest, record_file
+from pipeline.artifacts import Artifact, Manifest, Recipe, check_digest, is_disk_full, record_file
+from pipeline.training.scratch import make_scratch
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +92,7 @@ class CheckpointStore:
         name = f"step-{step:08d}-{secrets.token_hex(4)}"
         artifact = self.at(name)
         local = isinstance(artifact.filesystem, LocalFileSystem)
-        folder = Path(artifact.path) if local else Path(tempfile.mkdtemp(prefix="checkpoint-"))
+        folder = Path(artifact.path) if local else make_scratch(self._run.fingerprint, "checkpoint")
         try:
             save(folder)
             with named_errors("write", artifact):
@@ -100,9 +102,13 @@ class CheckpointStore:
                 else:
                     files = artifact.upload(folder)
                 artifact.commit({"step": step, **counts}, files)
-        finally:
-            if not local:
-                shutil.rmtree(folder, ignore_errors=True)
+        except Exception as error:
+            shutil.rmtree(folder, ignore_errors=True)  # on a full disk it would keep the space that the end needs
+            if is_disk_full(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder.parent)) from error
+            raise
+        if not local:
+            shutil.rmtree(folder, ignore_errors=True)
         self.remove_old()
         return name
 

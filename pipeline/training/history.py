@@ -26,6 +26,7 @@ class History:
     saved: float = 0.0  # Unix time
     restarts: list[dict[str, Any]] = field(default_factory=list)
     skipped_steps: list[int] = field(default_factory=list)
+    precision: str = ""  # in which products are computed, on whatever machine the training goes on
     unsent: list[dict[str, Any]] = field(default_factory=list)  # what MLflow had not taken yet
 
     @classmethod
@@ -46,6 +47,15 @@ class History:
         self.validation.append([self.step, nats_per_token, bits_per_byte])
         if self.step > 0 and bits_per_byte < self.best_bits_per_byte:
             self.best_bits_per_byte, self.best_step = bits_per_byte, self.step
+
+    def skipped_in_a_row(self) -> int:
+        """How many steps up to the last skipped one were skipped without one between them that was not."""
+        count = 0
+        for step in reversed(self.skipped_steps):
+            if step != self.skipped_steps[-1] - count:
+                break
+            count += 1
+        return count
 
     def note_restart(self, workers: int, why: str) -> None:
         """Keep a record of going on from this checkpoint, and of what ended the work before."""

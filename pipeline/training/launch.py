@@ -14,8 +14,12 @@ from model.training import ONE_HEAP
 from pipeline.training.line import FailureNotes, Line
 from pipeline.training.plan import TrainingPlan
 from pipeline.training.resources import wants_gpu, worker_resources
+from pipeline.training.screen import Screen
 from pipeline.training.signals import caught_signals
 from pipeline.training.worker import train_worker
+
+# A scheduler gives thirty seconds between SIGTERM and SIGKILL; MLflow and Ray's own end take some of the rest.
+CHECKPOINT_SECONDS = 20.0
 
 
 def launch(plan: TrainingPlan) -> dict[str, Any]:
@@ -48,11 +52,12 @@ def launch(plan: TrainingPlan) -> dict[str, Any]:
             worker_runtime_env=None if use_gpu else {"env_vars": ONE_HEAP},
         ),
     )
-    return attend(trainer, line)
+    with Screen(options.steps) as screen:
+        return attend(trainer, line, screen)
 
 
-def attend(trainer: TorchTrainer, line: Any) -> dict[str, Any]:
-    """Run the trainer, print what the workers say, and turn SIGTERM and Ctrl-C into a checkpoint and a clean stop."""
+def attend(trainer: TorchTrainer, line: Any, screen: Screen) -> dict[str, Any]:
+    """Run the trainer, show what the workers say, and turn SIGTERM and Ctrl-C into a checkpoint and a clean stop."""
     outcome: dict[str, Any] = {}
 
     def fit() -> None:
@@ -61,6 +66,13 @@ def attend(trainer: TorchTrainer, line: Any) -> dict[str, Any]:
         except BaseException as error:
             outcome["error"] = error
 
+    def show_news() -> None:
+        for news in ray.get(line.listen.remote()):
+            if news.step:
+                screen.show_step(news.step, news.words, news.left)
+            else:
+                screen.say(news.words)
+
     # Not in the main thread: there `fit` would take over Ctrl-C and abort without a checkpoint.
     fitting = threading.Thread(target=fit, name="trainer", daemon=True)
     with caught_signals() as caught:
@@ -68,17 +80,21 @@ def attend(trainer: TorchTrainer, line: Any) -> dict[str, Any]:
         asked_at = None
         while fitting.is_alive():
             fitting.join(0.25)
-            for words in ray.get(line.listen.remote()):
-                print(words, flush=True)
+            show_news()
             if caught and asked_at is None:
-                print("stopping: writing a checkpoint first", flush=True)
+                screen.say("stopping: writing a checkpoint first")
                 line.stop.remote()
                 asked_at = time.monotonic()
-            if len(caught) > 1 or (asked_at is not None and time.monotonic() - asked_at > 25):
+            if len(caught) > 1:
+                break
+            if asked_at is not None and time.monotonic() - asked_at > CHECKPOINT_SECONDS:
+                screen.say(
+                    f"stopping without it: it was not written in {CHECKPOINT_SECONDS:.0f} s; the same command goes on"
+                    " from the checkpoint before it"
+                )
                 break
         if not fitting.is_alive():
-            for words in ray.get(line.listen.remote()):
-                print(words, flush=True)
+            show_news()
     fatal = ray.get(line.fatal.remote())
     if fatal is not None:
         raise ValueError(fatal)

@@ -1,6 +1,7 @@
 """The line between the driver of a training and its workers; light to import, for the processes that only hold it."""
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 from ray.train import UserCallback
@@ -8,22 +9,36 @@ from ray.train import UserCallback
 MOST_FAILED_STARTS = 5  # from one checkpoint
 
 
+@dataclass(frozen=True)
+class News:
+    """Something that a worker says; with a step, the figures of that step."""
+
+    words: str
+    step: int = 0
+    left: str = ""
+
+
 class Line:
     """The line between driver and workers: what to print one way, the wish to stop the other way."""
 
     def __init__(self) -> None:
-        self._words: list[str] = []
+        self._news: list[News] = []
         self._failures: list[str] = []
         self._failed_starts: list[int] = []  # the step of each start since one got further than the one before
         self._fatal: str | None = None
         self._stopping = False
 
-    def say(self, text: str) -> None:
-        self._words.append(text)
+    def say(self, words: str) -> None:
+        self._news.append(News(words))
 
-    def listen(self) -> list[str]:
-        words, self._words = self._words, []
-        return words
+    def say_step(self, step: int, figures: str, left: str) -> None:
+        """Tell of a logged step: its figures, and how long the rest will take."""
+        self._news.append(News(figures, step, left))
+
+    def listen(self) -> list["News"]:
+        """Return what was said since the last time."""
+        news, self._news = self._news, []
+        return news
 
     def stop(self) -> None:
         self._stopping = True
@@ -33,7 +48,8 @@ class Line:
 
     def note_failure(self, reason: str) -> None:
         self._failures.append(reason)
-        self._words.append(f"a worker failed ({reason}); going on from the last checkpoint")
+        if self._fatal is None:
+            self.say(f"a worker failed ({reason}); going on from the last checkpoint")
 
     def begin(self, step: int) -> str:
         """Note from which step workers start; returns what ended the ones before them."""

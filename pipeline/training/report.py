@@ -12,6 +12,7 @@ from model.gpt import GPT
 from pipeline.training.gauges import TrainingGauges
 from pipeline.training.goodput import TimeSplit, memory_metrics, peak_flops
 from pipeline.training.history import History
+from pipeline.training.machine import describe_machine, name_precision
 from pipeline.training.plan import TrainingPlan
 from pipeline.training.tracker import Tracker
 
@@ -19,9 +20,13 @@ from pipeline.training.tracker import Tracker
 class BadLoss(ArithmeticError):
     """A loss or a gradient that is no number."""
 
-    def __init__(self, step: int, loss: float, gradient_norm: float) -> None:
-        super().__init__(f"The loss of step {step} is {loss}, its gradient norm {gradient_norm}")
+    def __init__(self, step: int, loss: float, gradient_norm: float, skipped_in_a_row: int = 0) -> None:
+        words = f"The loss of step {step} is {loss}, its gradient norm {gradient_norm}"
+        if skipped_in_a_row:
+            words += f", and the {skipped_in_a_row} steps up to it had to be skipped in a row"
+        super().__init__(words)
         self.step = step
+        self.skipped_in_a_row = skipped_in_a_row
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ class Report:
         self._last_save = self._began = time.monotonic()
         self._first_step = history.step
         self._marked = (history.tokens, self._training_seconds())
-        words = f"training on {world_size} worker{'s' * (world_size > 1)} ({device.type}, {str(precision)[6:]})"
+        self._tracker.log_tags(describe_machine(device, precision, world_size))
+        words = f"training on {world_size} worker{'s' * (world_size > 1)} ({device.type}, {name_precision(precision)})"
         if history.restarts:
             self._tracker.log_text("restarts.json", json.dumps(history.restarts, indent=1))
             words += f", going on from step {history.step:,}"
@@ -84,10 +90,8 @@ class Report:
             metrics |= {"train/loss": loss, "train/bits_per_byte": bits, "train/gradient_norm": gradient_norm}
         self._tracker.log_metrics(metrics, step)
         self._gauges.show(metrics, step)
-        self._say(
-            f"step {step:>{len(str(self._options.steps))}}/{self._options.steps}   loss {loss:.4f}"
-            f"   {bits:.3f} bits per byte   {tokens_per_second:,.0f} tokens/s   {self._time_left(step)} left"
-        )
+        figures = f"loss {loss:.4f}   {bits:.3f} bits per byte   {tokens_per_second:,.0f} tokens/s"
+        self._line.say_step.remote(step, figures, self._time_left(step))
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Note an evaluation; the first of all is of the untrained model."""
@@ -129,17 +133,19 @@ class Report:
         self._plan.output.write_text(name, text)
         self._tracker.log_text(name, text)
         self._tracker.close(timeout_seconds=10)
+        advice = "Lower the learning rate, or set train.on_bad_loss=skip to go on without such batches."
+        if error.skipped_in_a_row:
+            advice = "Lower the learning rate, or begin anew with another seed."
         return (
             f"{error}; training stopped there. The batch is named in {self._plan.output.url}/{name}, and the last"
-            " checkpoint is from before it. Lower the learning rate, or set train.on_bad_loss=skip to go on without"
-            " such batches."
+            f" checkpoint is from before it. {advice}"
         )
 
-    def finish(self) -> dict[str, Any]:
-        """Return what the driver needs; MLflow, if it is away, is the driver's to wait for, not the GPUs'."""
+    def finish(self, *, in_haste: bool) -> dict[str, Any]:
+        """Return what the driver needs; waiting for an MLflow that is away is left to it, since it holds no GPU."""
         self._tracker.log_metrics(self._time_metrics(), self._history.step)
         return {
-            "unsent": self._tracker.close(timeout_seconds=10),
+            "unsent": self._tracker.close(timeout_seconds=1 if in_haste else 10),
             "num_parameters": self._model.num_parameters(),
             "device": next(self._model.parameters()).device.type,
             "seconds": self._clock.seconds(),

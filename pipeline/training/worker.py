@@ -9,7 +9,6 @@ import hashlib
 import logging
 import math
 import shutil
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,14 +35,20 @@ from model.training import LossModule, StepMeasures, choose_precision, paralleli
 from pipeline.corpus.stream import TokenStream, ValidationStream
 from pipeline.training.agreement import Agreement
 from pipeline.training.checkpoints import BackgroundWriter, CheckpointStore
+from pipeline.training.failures import explain_lasting_failure
 from pipeline.training.goodput import TimeSplit, weight_norm
 from pipeline.training.history import History
 from pipeline.training.line import LineHandler
-from pipeline.training.memory import explain_out_of_memory, is_out_of_memory
+from pipeline.training.machine import name_precision
 from pipeline.training.plan import TrainingPlan
 from pipeline.training.report import BadLoss, Evaluation, Report
 from pipeline.training.resources import set_threads
 from pipeline.training.samples import write_samples
+from pipeline.training.scratch import make_scratch, remove_abandoned
+
+logger = logging.getLogger(__name__)
+
+MOST_SKIPPED_IN_A_ROW = 20  # a batch can be bad; so many of them are weights that no batch brings back
 
 
 def train_worker(told: dict[str, Any]) -> dict[str, Any]:
@@ -52,13 +57,11 @@ def train_worker(told: dict[str, Any]) -> dict[str, Any]:
     line = told["line"]
     try:
         return train_on_one(plan, line)
-    except ValueError as error:
-        ray.get(line.give_up.remote(str(error)))
-        raise
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            world_size, device = ray.train.get_context().get_world_size(), ray.train.torch.get_device()
-            ray.get(line.give_up.remote(explain_out_of_memory(error, plan, device, world_size)))
+    except Exception as error:
+        world_size, device = ray.train.get_context().get_world_size(), ray.train.torch.get_device()
+        sentence = explain_lasting_failure(error, plan, device, world_size)
+        if sentence is not None:
+            ray.get(line.give_up.remote(sentence))
         raise
 
 
@@ -75,11 +78,11 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
     if ray.get(line.fatal.remote()) is not None:
         return {}  # no restart would mend what stopped the workers before these
     device = ray.train.torch.get_device()
-    precision = choose_precision(options.precision, device)
     set_threads(options.threads_per_worker, context.get_local_world_size())
     agreement = Agreement(world_size, line if rank == 0 else None)
     store = CheckpointStore(plan.output, options.keep_checkpoints)
-    scratch = Path(tempfile.mkdtemp(prefix="train-"))
+    remove_abandoned(plan.output.fingerprint)
+    scratch = make_scratch(plan.output.fingerprint, "worker")
 
     # data: batch `step` is the same whatever the number of workers, and whatever happened before
     stream = open_stream(plan, pin_memory=device.type == "cuda")
@@ -92,10 +95,13 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
         store.remove_unfinished()
     newest = agreement.from_rank_0(lambda: store.newest(scratch))
     resumed = None if newest is None else store.fetch(newest, scratch / newest)
+    history = History() if resumed is None else History.load(resumed)
     first_weights = resumed or (Path(plan.start) if plan.start else None)
     if first_weights is not None:
         import_weights(model, load_file(first_weights / WEIGHTS), str(first_weights))
     model.to(device)
+    history.precision = agreement.from_rank_0(lambda: keep_precision(history.precision, options.precision, device))
+    precision = getattr(torch, history.precision)
     strategy = options.sharding if world_size > 1 else "none"
     module = parallelize(
         model,
@@ -109,10 +115,8 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
     optimizer = build_optimizer(model, plan.optimizer, options.steps)
 
     # resume
-    history = History()
     if resumed is not None:
         optimizer.load_state_dict(load_training_state(resumed)["optimizer"])
-        history = History.load(resumed)
     why = agreement.from_rank_0(lambda: ray.get(line.begin.remote(history.step)))
     if resumed is not None:
         history.note_restart(world_size, why)
@@ -202,7 +206,20 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
         gc.enable()
         stream.close()
         shutil.rmtree(scratch, ignore_errors=True)
-    return {} if report is None else report.finish()
+    return {} if report is None else report.finish(in_haste=stopping)
+
+
+def keep_precision(before: str, setting: str, device: torch.device) -> str:
+    """Return the precision in which the training began; a new one gets what the setting means on this machine."""
+    here = name_precision(choose_precision(setting, device))
+    if before and before != here:
+        logger.warning(
+            "This training began in %s and goes on in it; with train.precision=%s this machine alone would take %s.",
+            before,
+            setting,
+            here,
+        )
+    return before or here
 
 
 def score_validation(
@@ -249,13 +266,18 @@ def write_checkpoint(
 def read_measures(
     unread: tuple[int, StepMeasures] | None, optimizer: Optimizer, history: History, report: Report | None
 ) -> None:
-    """Look at what a step measured, for which the host waits; raises `BadLoss` unless that step was skipped."""
+    """Look at what a step measured, for which the host waits.
+
+    Raises `BadLoss` unless that step was skipped, and where as many as `MOST_SKIPPED_IN_A_ROW` were.
+    """
     if unread is None:
         return
     step, measures = unread
     loss, gradient_norm = measures.read()
     if measures.skipped:
         history.skipped_steps.append(step)
+        if history.skipped_in_a_row() >= MOST_SKIPPED_IN_A_ROW:
+            raise BadLoss(step, loss, gradient_norm, history.skipped_in_a_row())
     elif not (math.isfinite(loss) and math.isfinite(gradient_norm)):
         raise BadLoss(step, loss, gradient_norm)
     if report is not None:

@@ -84,6 +84,15 @@ def test_a_model_trained_inside_documents_is_scored_as_its_training_scored_it(co
     assert abs(score_checkpoint(across, train, inputs["prepare"])["bits_per_byte"] - own.bits_per_byte) > 1e-4
 
 
+def test_a_training_in_bfloat16_is_scored_in_bfloat16_on_every_machine(config, inputs, tmp_path):
+    train, _ = checkpoint(config, inputs, tmp_path)  # the settings say float32, as `auto` would mean here
+    as_set = score_checkpoint(config, train, inputs["prepare"])["bits_per_byte"]
+    train.commit({"precision": "bfloat16"}, train.manifest().files)
+    half = score_checkpoint(config, train, inputs["prepare"])["bits_per_byte"]
+    assert half != as_set
+    assert half == pytest.approx(as_set, rel=0.01)
+
+
 def test_decoded_shards_go_where_the_training_keeps_them(config, inputs, tmp_path):
     train, _ = checkpoint(config, inputs, tmp_path)
     score_checkpoint(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import platform
 import re
 from pathlib import Path
 
@@ -74,7 +75,14 @@ def test_mlflow_run_says_where_it_comes_from(training: Training) -> None:
     assert run.info.status == "FINISHED"
     assert run.data.params["train.batch_tokens"] == "256"
     assert run.data.params["fingerprint"] == training.output.fingerprint
-    assert re.fullmatch("[0-9a-f]{40}", run.data.tags["mlflow.source.git.commit"])
+    tags = run.data.tags
+    assert re.fullmatch("[0-9a-f]{40}", tags["mlflow.source.git.commit"])
+    assert "pytest" in tags["command"]
+    assert tags["machine.python"] == platform.python_version()
+    assert tags["machine.torch"] == torch.__version__
+    assert tags["machine.precision"] == "float32"
+    assert (tags["machine.threads"], tags["machine.workers"], tags["machine.gpu"]) == ("1", "2", "none")
+    assert {"machine.ray", "machine.processor"} <= tags.keys()
     digests = {each.dataset.name: each.dataset.digest for each in run.inputs.dataset_inputs}
     assert digests == {name: artifact.fingerprint for name, artifact in training.inputs.items()}
 

@@ -15,7 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from pipeline.artifacts import Artifact, record_file
-from pipeline.corpus.stream import IGNORED, Batch, TokenStream, ValidationStream, random_order, validation_batches
+from pipeline.corpus.stream import IGNORED, Batch, TokenStream, ValidationStream, random_order
 
 END = 0
 Corpus = Sequence[Sequence[Sequence[int]]]  # shards of documents of tokens
@@ -234,7 +234,7 @@ def test_any_corpus_is_covered_once_and_shared_out_whole(
 
 
 def test_validation_scores_each_token_once_in_the_order_of_the_text(artifact: Artifact, tmp_path: Path) -> None:
-    batches = validation_batches(artifact, context_length=4, batch_sequences=2, cache_folder=tmp_path / "cache")
+    batches = ValidationStream(artifact, context_length=4, batch_sequences=2, cache_folder=tmp_path / "cache").batches()
     found = list(batches)
     targets = torch.cat([batch.targets.flatten() for batch in found])
     expected = [t for d in count_up([[5, 9, 1], [7]]) for document in d for t in document]
@@ -259,7 +259,10 @@ def test_validation_is_shared_evenly_and_stops_at_its_limit(
 
 def test_an_empty_validation_split_gives_no_batches(tmp_path: Path) -> None:
     artifact = write_shards(tmp_path / "shards", count_up([[10]]))
-    assert list(validation_batches(artifact, context_length=4, batch_sequences=2, cache_folder=tmp_path / "c")) == []
+    assert (
+        list(ValidationStream(artifact, context_length=4, batch_sequences=2, cache_folder=tmp_path / "c").batches())
+        == []
+    )
 
 
 def test_tokens_are_ready_for_embedding_and_cross_entropy(artifact: Artifact, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from pipeline.artifacts import Artifact, filesystem_of, record_file
 from pipeline.corpus.shards import TokenCache, open_shards
-from pipeline.corpus.stream import TokenStream, validation_batches
+from pipeline.corpus.stream import TokenStream, ValidationStream
 
 OPTIONS = {"context_length": 16, "batch_sequences": 6, "seed": 11, "window_tokens": 3000}
 
@@ -142,8 +142,8 @@ def test_the_stream_from_s3_is_the_stream_from_disk(tmp_path: Path, bucket: str)
         assert (here.batch(step).tokens == there.batch(step).tokens).all()
     assert not list((tmp_path / "there").glob("*.parquet*"))  # downloads are not kept
     options = {"context_length": 16, "batch_sequences": 4, "cache_folder": tmp_path / "there"}
-    found = [batch.targets.tolist() for batch in validation_batches(remote, **options)]  # type: ignore[arg-type]
-    assert found == [batch.targets.tolist() for batch in validation_batches(local, **options)]  # type: ignore[arg-type]
+    found = [batch.targets.tolist() for batch in ValidationStream(remote, **options).batches()]  # type: ignore[arg-type]
+    assert found == [batch.targets.tolist() for batch in ValidationStream(local, **options).batches()]  # type: ignore[arg-type]
 
 
 def test_the_next_window_is_fetched_before_it_is_needed(tmp_path: Path, bucket: str) -> None:

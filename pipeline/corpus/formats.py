@@ -336,9 +336,8 @@ def _decode(raw: bytes, source: SourceConfig, where: str, charset: str = "utf-8"
     if not mark:
         codec = charset
     try:
-        return raw[mark:].decode(codec), ""
-    except LookupError:
-        return _decode(raw, source, where)  # a charset that nobody knows
+        text = raw[mark:].decode(codec)
+        return (text, "") if codec == "utf-8" else _without_surrogates(text, source, where)
     except UnicodeDecodeError as error:
         name = codec.removesuffix("-le").removesuffix("-be").upper()
         if source.invalid_text == "fail":
@@ -349,10 +348,12 @@ def _decode(raw: bytes, source: SourceConfig, where: str, charset: str = "utf-8"
         if source.invalid_text == "skip":
             return None, INVALID_UTF8
         return raw[mark:].decode(codec, errors="replace"), REPLACED
+    except (LookupError, UnicodeError):
+        return _decode(raw, source, where)  # a charset that nobody knows, or that is not for text
 
 
 def _without_surrogates(text: str, source: SourceConfig, where: str) -> Document:
-    """JSON can spell half of a character (\\ud800), which is no text."""
+    """Treat half a character as invalid: JSON (\\ud800) and some charsets can spell one."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -13,9 +13,11 @@ Our template writes roles as text, so it adds no token to any vocabulary. A mark
 after which every known pattern begins a new piece: an answer has the same tokens whether it is read or written.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -59,7 +61,13 @@ class Rendered:
 class ChatTemplate(Protocol):
     """Makes text of conversations."""
 
-    text: str  # in Jinja, as checkpoints hold it
+    @property
+    def text(self) -> str:
+        """The template in Jinja, as checkpoints hold it."""
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts that no answer holds, for they begin another turn."""
 
     def render(self, messages: Sequence[Message], ask: bool = False) -> Rendered:
         """Render a conversation; `ask` adds what stands before the assistant's next answer.
@@ -81,6 +89,7 @@ class OwnTemplate:
     """`CHAT_TEMPLATE`, in Python."""
 
     text = CHAT_TEMPLATE
+    stops = (MARKER,)
 
     def __init__(self, end_of_turn: str = END_OF_TEXT) -> None:
         self._end = end_of_turn
@@ -116,6 +125,8 @@ class OwnTemplate:
 
 class ForeignTemplate:
     """A template that somebody else wrote; what the assistant speaks is what it marks, or what an answer adds."""
+
+    stops: tuple[str, ...] = ()
 
     def __init__(self, text: str, special_tokens: Mapping[str, str]) -> None:
         self.text = text
@@ -153,6 +164,32 @@ def check_messages(messages: Sequence[Message]) -> None:
             raise ValueError(f"The role {message['role']!r} is unknown; roles are {', '.join(ROLES)}.")
         if message["role"] == "system" and number:
             raise ValueError("A system message can only be the first, and there can be one.")
+
+
+def save_template(folder: Path, template: str) -> None:
+    """Write a template into a Hugging Face folder that has a tokenizer: as a file, and in its configuration."""
+    (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"chat_template": template}
+    path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def load_template(folder: Path) -> ChatTemplate | None:
+    """Open the template of a Hugging Face folder, with its special tokens; None where it has none."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    text = config.get("chat_template")
+    if (folder / TEMPLATE_FILE).is_file():
+        text = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    if not isinstance(text, str) or not text:
+        return None
+    special = {"eos_token": END_OF_TEXT}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            special[name] = token
+    return open_template(text, special)
 
 
 def encode(tokenizer: Tokenizer, rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:

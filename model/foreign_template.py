@@ -11,7 +11,6 @@ missing, for a conversation shall have the same tokens tomorrow.
 
 import json
 import os
-import resource
 import secrets
 import select
 import subprocess
@@ -112,6 +111,8 @@ def serve() -> None:
 
     An empty object is answered at once: then Jinja has been imported, and what follows can be timed.
     """
+    import resource
+
     import jinja2.ext
     import jinja2.sandbox  # noqa: F401
 

@@ -47,7 +47,7 @@ class StepMeasures:
     """What one step measured, on its way to the host."""
 
     def __init__(self, loss: Tensor, gradient_norm: Tensor, skipped: bool = False) -> None:
-        self.skipped = skipped  # the loss was not finite and the weights were left alone
+        self.skipped = skipped  # there was no loss, or none that is finite, and the weights were left alone
         self._values = torch.stack((loss, gradient_norm)).to("cpu", non_blocking=True)
         self._arrival = torch.cuda.Event() if loss.is_cuda else None
         if self._arrival is not None:
@@ -203,13 +203,16 @@ def train_step(
 
     `global_tokens` is the number of targets in the global batch, over all ranks. Each micro-batch adds its sum of
     nats over that number: so micro-batches and ranks may be uneven, and the result is the mean over all tokens.
+    From a batch without a target nothing is learnt: the weights and the optimizer stay as they are.
     """
     device = next(module.parameters()).device
     world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     sharded = isinstance(module, (DistributedDataParallel, FSDPModule))
     # DDP and FSDP2 average over ranks where we want a sum.
-    scale = (world_size if sharded else 1) / global_tokens
     loss = torch.zeros((), device=device)
+    if not global_tokens:  # every rank knows, so none waits for another
+        return StepMeasures(loss, loss.clone(), skipped=True)
+    scale = (world_size if sharded else 1) / global_tokens
     optimizer.zero_grad()
     for batch, is_last in _mark_last(micro_batches):
         if isinstance(module, SharedLoss):

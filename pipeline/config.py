@@ -35,10 +35,11 @@ READABLE = f"{', '.join(FORMAT_OF_ENDING)} (also with {', '.join(COMPRESSIONS)})
 
 @dataclass(frozen=True)
 class SourceConfig:
-    kind: str = setting("python-docs", "where documents come from: python-docs, files or openwebtext")
+    kind: str = setting("python-docs", "where documents come from: python-docs, files, conversations or openwebtext")
     paths: list[str] = setting(
         [],
-        f"files, folders or globs, local or s3://; read are {READABLE}; for openwebtext: a mirror, else the hub",
+        f"files, folders or globs, local, s3:// or hf://datasets/…; read are {READABLE}; for conversations .jsonl and"
+        " .parquet with messages, or with prompt and completion; for openwebtext: a mirror, else the hub",
     )
     text_column: str = setting("text", "for .jsonl and .parquet: the column that holds the text")
     split_text: str = setting("files", "for .txt: one document per file (files) or per paragraph block (blank-lines)")
@@ -47,9 +48,10 @@ class SourceConfig:
     revision: str = setting("main", "for openwebtext: the hub revision (a commit hash pins it)")
 
     def __post_init__(self) -> None:
-        kinds = ("python-docs", "files", "openwebtext")
+        kinds = ("python-docs", "files", "conversations", "openwebtext")
         require(self.kind in kinds, f"source.kind is {self.kind!r}; it can be {', '.join(kinds)}.")
-        require(self.kind != "files" or bool(self.paths), "source.kind=files needs source.paths.")
+        for kind in ("files", "conversations"):
+            require(self.kind != kind or bool(self.paths), f"source.kind={kind} needs source.paths.")
         require(all(path.strip() for path in self.paths), "source.paths holds an empty path; name a file or folder.")
         require(self.split_text in ("files", "blank-lines"), "source.split_text can be files or blank-lines.")
         policies = ("replace", "skip", "fail")

@@ -20,7 +20,7 @@ from model.training import LossModule, choose_precision
 from pipeline import tracking
 from pipeline.artifacts import Artifact, Manifest
 from pipeline.config import Config, result_settings
-from pipeline.corpus.stream import ValidationStream
+from pipeline.corpus.packing import open_validation_stream
 from pipeline.registry import PROBE_TAG, measure_probe
 from pipeline.training.resources import set_threads, wants_gpu, worker_resources
 from pipeline.training.samples import write_samples
@@ -69,7 +69,7 @@ def score_checkpoint(config: Config, train: Artifact, shards: Artifact, device: 
         model = load_model(checkpoint, device=device).eval()
         tokenizer = load_tokenizer(checkpoint)
 
-    stream = ValidationStream(
+    stream = open_validation_stream(
         shards,
         context_length=config.model.context_length,
         batch_sequences=config.evaluate.batch_sequences,

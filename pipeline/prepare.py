@@ -18,15 +18,17 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 from fsspec.implementations.local import LocalFileSystem
 
+from model.chat import CHAT_TEMPLATE, TEMPLATE_FILE, open_template
 from model.tokenizer import Tokenizer, parse_tokenizer
 from pipeline.artifacts import MANIFEST, Artifact, FileRecord, Manifest
 from pipeline.config import Config, result_settings
-from pipeline.corpus import card, cleaning
+from pipeline.corpus import card, cleaning, conversations
 from pipeline.corpus.files import Listing, Slice, listing_of, slices
 from pipeline.corpus.formats import REPLACED, read
 from pipeline.corpus.omissions import EMPTY, LEAST_VALIDATION_DOCUMENTS, warn
@@ -42,12 +44,16 @@ PARTITION_BYTES = 500_000_000
 
 
 def settings(config: Config) -> dict[str, Any]:
-    return result_settings(config.prepare)
+    found = result_settings(config.prepare)
+    if config.source.kind == "conversations":  # they are cut to the context, and their text depends on the template
+        found |= {"context_length": config.model.context_length, "chat_template": CHAT_TEMPLATE}
+    return found
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Manifest:
     """Make the shards of the corpus; what an earlier, stopped run finished is kept."""
     slice_bytes = int(config.prepare.shard_tokens * BYTES_PER_TOKEN)
+    is_talk = config.source.kind == "conversations"
     listing = listing_of(config.source)
     found = slices(config.source, slice_bytes, listing)
     plan = PreparePlan(
@@ -58,6 +64,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
         slice_bytes=slice_bytes,
         partitions=1 + sum(slice_.text_bytes for slice_ in found) // PARTITION_BYTES,
         val_below=int(config.prepare.validation_fraction * 2**64),
+        chat_template=CHAT_TEMPLATE if is_talk else "",
+        most_tokens=config.model.context_length + 1 if is_talk else 0,  # the last one is a target only
     )
     there = output.list_files()
     if config.prepare.drop_exact_duplicates or config.prepare.drop_near_duplicates:
@@ -95,6 +103,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
         "bytes_per_token": round(sum(total.splits[split]["bytes"] for split in SPLITS) / total.tokens, 4),
         "lengths": total.lengths,
     }
+    if is_talk:
+        counts["cut"] = total.cut
+        files[TEMPLATE_FILE] = output.write_text(TEMPLATE_FILE, plan.chat_template)
     pages = card.write(config, counts, files, first_shard=min(name for name in files if name.startswith("train/")))
     files |= {name: output.write_bytes(name, content) for name, content in pages.items()}
     manifest = output.commit(counts, files)
@@ -108,8 +119,9 @@ def _say(total: Tally, listing: Listing) -> None:
     """Print what was kept and what was lost, and warn of what somebody should look at."""
     omissions = total.omissions
     reasons = omissions.reasons(listing)
+    cut = f", {total.cut:,} of them cut after a whole turn" if total.cut else ""
     print(
-        f"prepare   kept {omissions.kept:,} of {omissions.read:,} documents{f'; {reasons}' if reasons else ''}",
+        f"prepare   kept {omissions.kept:,} of {omissions.read:,} documents{cut}{f'; {reasons}' if reasons else ''}",
         flush=True,
     )
     warnings = omissions.warnings(listing)
@@ -192,10 +204,10 @@ def prepare_unit(plan: PreparePlan, unit: Unit) -> Tally:
     """Read, clean, tokenize and write one unit of work; return what it became."""
     tokenizer = load_tokenizer_of(plan.tokenizer)
     tally = Tally(val_below=plan.val_below)
-    train = ShardWriter(
-        plan.output, f"train/{unit.name}-{{:03d}}.parquet", tokenizer, plan.settings.shard_tokens * 3 // 2
-    )
-    val = ShardWriter(plan.output, f"work/{unit.name}.val.parquet", tokenizer)
+    most_tokens = plan.settings.shard_tokens * 3 // 2
+    is_talk = bool(plan.chat_template)
+    train = ShardWriter(plan.output, f"train/{unit.name}-{{:03d}}.parquet", tokenizer, most_tokens, is_talk)
+    val = ShardWriter(plan.output, f"work/{unit.name}.val.parquet", tokenizer, conversations=is_talk)
     doomed = _read_duplicates(plan, unit.name)
     documents = _clean_documents(plan, unit, tally)
     while batch := list(islice(documents, DOCUMENTS_PER_BATCH)):
@@ -206,7 +218,7 @@ def prepare_unit(plan: PreparePlan, unit: Unit) -> Tally:
             else:
                 tally.replaced += note == REPLACED
                 kept.append(text)
-        for text, ids in zip(kept, tokenizer.encode_all(kept), strict=True):
+        for text, ids, learn in _encode(plan, tokenizer, kept, tally):
             content = text.encode()
             score = int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
             is_val = score < plan.val_below
@@ -214,14 +226,38 @@ def prepare_unit(plan: PreparePlan, unit: Unit) -> Tally:
                 tally.lowest_val_hash = min(tally.lowest_val_hash, score)
             else:
                 tally.lowest_hash = min(tally.lowest_hash, score)
-            (val if is_val else train).add(ids)
+            (val if is_val else train).add(ids, learn)
             counts = tally.splits[SPLITS[is_val]]
             counts["documents"] += 1
-            counts["tokens"] += len(ids) + 1
-            counts["bytes"] += len(content)
+            if learn is None:
+                counts["tokens"] += len(ids) + 1
+                counts["bytes"] += len(content)
+            else:
+                counts["tokens"] += len(ids)
+                counts["bytes"] += int(tokenizer.byte_lengths[ids].sum())
+                counts["learnt_tokens"] += int(learn.sum())
+                counts["learnt_bytes"] += int(tokenizer.byte_lengths[ids[learn]].sum())
             tally.lengths[len(ids).bit_length()] += 1
     tally.files = train.close() | val.close()
     return tally
+
+
+def _encode(
+    plan: PreparePlan, tokenizer: Tokenizer, documents: list[str], tally: Tally
+) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
+    """Yield each document with its ids, and of a conversation also what of it is learnt; count what is left out."""
+    if not plan.chat_template:
+        yield from ((text, ids, None) for text, ids in zip(documents, tokenizer.encode_all(documents), strict=True))
+        return
+    template = _open_template(plan.chat_template)
+    for text in documents:
+        found = conversations.encode_conversation(text, tokenizer, template, plan.most_tokens)
+        if isinstance(found, str):
+            tally.dropped[found] += 1
+        else:
+            ids, learn, is_cut = found
+            tally.cut += is_cut
+            yield text, ids, learn
 
 
 def sign_unit(plan: PreparePlan, unit: Unit) -> Tally:
@@ -246,7 +282,8 @@ def _clean_documents(plan: PreparePlan, unit: Unit, tally: Tally) -> Iterator[tu
             tally.dropped[note] += 1
             continue
         tally.source_bytes += len(text) if text.isascii() else len(text.encode())
-        reason = EMPTY if not text.strip() else cleaning.reason_to_drop(text, plan.settings)
+        said = conversations.plain_text(text) if plan.chat_template else text
+        reason = EMPTY if not text.strip() else cleaning.reason_to_drop(said, plan.settings)
         if reason:
             tally.dropped[reason] += 1
         else:
@@ -292,9 +329,13 @@ def _hashes(unit: str, kind: str) -> str:
 @ray.remote(num_cpus=1)
 def _merge(plan: PreparePlan, name: str, parts: list[str]) -> tuple[str, FileRecord]:
     """Join small Parquet files into one with row groups of the usual size."""
-    writer = ShardWriter(plan.output, name, load_tokenizer_of(plan.tokenizer))
+    writer = ShardWriter(plan.output, name, load_tokenizer_of(plan.tokenizer), conversations=bool(plan.chat_template))
     for part in parts:
         for batch in pq.ParquetFile(pa.BufferReader(plan.output.read_bytes(part))).iter_batches():
+            if plan.chat_template:
+                for document, learn in zip(batch.column("tokens"), batch.column("learn"), strict=True):
+                    writer.add(document.values.to_numpy(), learn.values.to_numpy(zero_copy_only=False))
+                continue
             for document in batch.column("tokens"):
                 writer.add(document.values.to_numpy()[:-1])
     return next(iter(writer.close().items()))
@@ -303,6 +344,9 @@ def _merge(plan: PreparePlan, name: str, parts: list[str]) -> tuple[str, FileRec
 def load_tokenizer_of(artifact: Artifact) -> Tokenizer:
     """Load an artifact's tokenizer, once per process."""
     return _load_tokenizer(artifact.url, artifact)
+
+
+_open_template = lru_cache(maxsize=1)(open_template)
 
 
 @lru_cache(maxsize=2)

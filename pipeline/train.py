@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from model.chat import TEMPLATE_FILE
 from model.tokenizer import load_tokenizer
 from pipeline import tracking
 from pipeline.artifacts import Artifact, FileRecord, Manifest, describe_difference
@@ -140,7 +141,7 @@ def finish(config: Config, plan: TrainingPlan, result: dict[str, Any]) -> Manife
     files: dict[str, FileRecord] = {}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = store.fetch(best, Path(folder) / best)
-        for name in EXPORTED:
+        for name in (*EXPORTED, *([TEMPLATE_FILE] if plan.chat_template else [])):
             files[f"checkpoint/{name}"] = output.write_bytes(f"checkpoint/{name}", (checkpoint / name).read_bytes())
         last = next(name for name, _ in store.whole())
         history = History.load(store.fetch(last, Path(folder) / last))

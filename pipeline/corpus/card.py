@@ -68,6 +68,7 @@ def _describe(config: Config, counts: Mapping[str, Any], files: Mapping[str, Fil
             f"Tokenizer {counts['tokenizer']}: {counts['vocabulary_size']:,} tokens, the end of text is"
             f" {counts['end_of_text']}, {counts['bytes_per_token']:.3f} bytes per token, digest"
             f" {counts['tokenizer_digest']}.",
+            *_describe_conversations(counts),
             f"Documents with invalid UTF-8 that was replaced: {counts['replaced_utf8']:,}.",
             f"Files that were not read, by ending: {count_endings(counts['files_not_read']) or 'none'}.",
             "",
@@ -116,6 +117,17 @@ def _describe(config: Config, counts: Mapping[str, Any], files: Mapping[str, Fil
             "",
         ]
     )
+
+
+def _describe_conversations(counts: Mapping[str, Any]) -> list[str]:
+    if "cut" not in counts:
+        return []
+    splits = [counts[name] for name in ("train", "val")]
+    learnt, tokens = (sum(split[kind] for split in splits) for kind in ("learnt_tokens", "tokens"))
+    return [
+        f"Conversations: {learnt:,} of {tokens:,} tokens are learnt, those that the assistant speaks (column `learn`)."
+        f" {counts['cut']:,} conversations were cut after a whole turn to fit the context.",
+    ]
 
 
 def _draw(lengths: list[int], tokenizer: str) -> bytes:

@@ -9,16 +9,18 @@ compared and held out as text is, and the same whatever template comes after.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
-from model.chat import ROLES, ChatTemplate, Message, encode
-from model.tokenizer import Tokenizer
+from model.chat import ROLES, ChatTemplate, Message, OwnTemplate, encode
+from model.tokenizer import END_OF_TEXT, Tokenizer
+from pipeline.config import FORMAT_OF_ENDING
 
 COLUMNS = ("messages", "prompt", "completion")
-WANTED = "messages, or prompt and completion"
+FORMATS = ("jsonl", "parquet", "tar")  # in which rows come
+READABLE = ", ".join(ending for ending, kind in FORMAT_OF_ENDING.items() if kind in FORMATS)
 
 # Why a row is no conversation to learn from.
 NO_CONVERSATION = "no conversation"
@@ -31,9 +33,13 @@ REFUSED = "refused by the chat template"
 TOO_LONG = "no whole turn in the context"
 
 
-def is_conversations(columns: set[str]) -> bool:
-    """Whether rows with these columns can hold conversations."""
-    return "messages" in columns or {"prompt", "completion"} <= columns
+def check_columns(where: str, columns: Collection[str]) -> None:
+    """Raise `ValueError` if rows with these columns cannot hold conversations."""
+    if "messages" not in columns and not {"prompt", "completion"} <= set(columns):
+        found = ", ".join(sorted(columns))
+        raise ValueError(
+            f"{where} holds no conversations: it has {found}, and needs messages, or prompt and completion."
+        )
 
 
 def read_row(row: Any) -> tuple[str | None, str]:
@@ -96,8 +102,13 @@ def parse_document(document: str) -> list[Message]:
 
 
 def plain_text(document: str) -> str:
-    """What is said in a conversation, turn by turn: for what looks at words, such as a tokenizer that is learned."""
+    """What is said in a conversation, turn by turn."""
     return "\n".join(content for _, content in json.loads(document))
+
+
+def text_to_learn_from(document: str) -> str:
+    """The text that a tokenizer is learned from: with our markers in it, so that they take few tokens."""
+    return OwnTemplate().render(parse_document(document)).text.replace(END_OF_TEXT, "\n")
 
 
 def encode_conversation(

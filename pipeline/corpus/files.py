@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import READABLE, SourceConfig
-from pipeline.corpus import python_docs
+from pipeline.corpus import conversations, python_docs
 from pipeline.corpus.endings import File
 from pipeline.corpus.listing import Found, filesystem_at, list_path, pinned_revision
 from pipeline.corpus.progress import Progress
@@ -93,13 +93,13 @@ def find_files(source: SourceConfig) -> Listing:
     with Progress("listing", None, " files", silent_seconds=SILENT_SECONDS) as progress:
         for path in paths:
             found = list_path(path, progress)
-            readable = [file for file in found.files if file.format]
+            readable = [file for file in found.files if _is_read(file, source)]
             if source.kind == "openwebtext":
                 readable = _one_layout(readable)
             else:
-                ignored |= {file.url: file.ending for file in found.files if not file.format}
+                ignored |= {file.url: file.ending for file in found.files if not _is_read(file, source)}
             if not readable:
-                raise ValueError(_nothing_at(path, found))
+                raise ValueError(_nothing_at(path, found, source))
             for file in readable:
                 if file.url not in files or not file.given:  # a file's own name before that of a link to it
                     files[file.url] = file
@@ -107,12 +107,20 @@ def find_files(source: SourceConfig) -> Listing:
     return Listing(tuple(files[url] for url in sorted(files)), unread)
 
 
-def _nothing_at(path: str, found: Found) -> str:
-    unread = Counter(file.ending for file in found.files if not file.format)
+def _is_read(file: File, source: SourceConfig) -> bool:
+    """Whether a file's ending is one that this source reads; a text holds no conversation."""
+    return bool(file.format) and (source.kind != "conversations" or file.format in conversations.FORMATS)
+
+
+def _nothing_at(path: str, found: Found, source: SourceConfig) -> str:
+    unread = Counter(file.ending for file in found.files if not _is_read(file, source))
+    kind, readable = "text file", READABLE
+    if source.kind == "conversations":
+        kind, readable = "file of conversations", conversations.READABLE
     if found.is_one_file:
-        return f"{path} cannot be read: {next(iter(unread))} is not among {READABLE}. Turn it into one of them."
+        return f"{path} cannot be read: {next(iter(unread))} is not among {readable}. Turn it into one of them."
     there = f"; it holds {count_endings(unread)}" if unread else ""
-    return f"There is no text file at {path!r}: looked for {READABLE}{there}."
+    return f"There is no {kind} at {path!r}: looked for {readable}{there}."
 
 
 def count_endings(counts: Mapping[str, int]) -> str:
@@ -143,7 +151,7 @@ def slices(source: SourceConfig, slice_bytes: int, listing: Listing | None = Non
     if source.kind == "python-docs":
         return [Slice("00000", "python-docs", (), python_docs.LIMIT_BYTES)]
     files = (listing or listing_of(source)).files
-    read_footer = partial(_read_footer, column=source.text_column)
+    read_footer = partial(_read_footer, column="" if source.kind == "conversations" else source.text_column)
     footers = dict(_in_threads(read_footer, [file for file in files if file.format == "parquet"], "footers"))
     large = [file for file in files if _can_seek(file, source) and file.size > slice_bytes]
     recoded = {file for file, head in _in_threads(_read_head, large, "heads") if needs_recoding(file, head)}
@@ -206,7 +214,10 @@ def _read_head(file: File) -> bytes:
 
 @lru_cache(maxsize=CACHED_FILES)
 def _read_footer(file: File, column: str) -> list[int]:
-    """Return the size of each row group's text; raises `ValueError` where the column is missing."""
+    """Return the size of each row group's text; raises `ValueError` where the column is missing.
+
+    Without a column that of conversations: all columns in which one may be.
+    """
     filesystem, path = filesystem_at(file.url)
     try:
         with filesystem.open(path, "rb") as handle:
@@ -215,13 +226,16 @@ def _read_footer(file: File, column: str) -> list[int]:
         reason = str(error).splitlines()[0].removesuffix(".")
         raise ValueError(f"{file.where} is damaged or not a Parquet file ({reason}).") from None
     names = metadata.schema.to_arrow_schema().names
-    if column not in names:
+    if not column:
+        conversations.check_columns(file.where, names)
+    elif column not in names:
         raise ValueError(f"{file.where} has no column {column!r}; it has {', '.join(names)}. Set source.text_column.")
+    columns = (column,) if column else conversations.COLUMNS
     return [
         sum(
             chunk.total_uncompressed_size
             for chunk in map(group.column, range(metadata.num_columns))
-            if chunk.path_in_schema.split(".")[0] == column
+            if chunk.path_in_schema.split(".")[0] in columns
         )
         for group in map(metadata.row_group, range(metadata.num_row_groups))
     ]

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import READABLE, SourceConfig
-from pipeline.corpus import python_docs
+from pipeline.corpus import conversations, python_docs
 from pipeline.corpus.archives import TAR_BLOCK_BYTES, Member, is_tar, read_members, read_texts
 from pipeline.corpus.compression import BLOCK_BYTES, WHEN_UNCHANGED, Damaged, decompressed, open_file, stream_of
 from pipeline.corpus.endings import EXPANSION, NOT_PLAIN_TEXT, File
@@ -176,7 +176,8 @@ def _lines(
 def _read_member(member: Member, source: SourceConfig, archive: File) -> Iterator[Document]:
     """Read a file of an archive by its own ending; one with an unknown ending is a text unless it holds zeros."""
     file = File(f"{archive.where}/{member.name}", len(member.content))
-    if file.inner_ending in NOT_PLAIN_TEXT:
+    is_text = source.kind == "conversations" and file.format not in conversations.FORMATS
+    if file.inner_ending in NOT_PLAIN_TEXT or is_text:
         yield None, f"{file.ending} is not read"
     elif file.format == "tar" and not file.inner_ending:
         stream = decompressed(io.BytesIO(member.content), file.compression)
@@ -215,7 +216,9 @@ def _check_columns(file: File, stream: IO[bytes], source: SourceConfig) -> IO[by
             continue
         columns.update(row if isinstance(row, dict) else ())
     is_about_others = file.inner_ending == ".json" and len(head) == 1  # such as dataset_info.json: counted, not refused
-    if columns and source.text_column not in columns and not is_about_others:
+    if columns and source.kind == "conversations" and not is_about_others:
+        conversations.check_columns(file.where, columns)
+    elif columns and source.text_column not in columns and not is_about_others:
         found = ", ".join(sorted(columns))
         raise ValueError(f"{file.where} has no column {source.text_column!r}; it has {found}. Set source.text_column.")
     return stream_of(chain(head, iter(lambda: stream.read(BLOCK_BYTES), b"")))
@@ -250,6 +253,10 @@ def _parse_jsonl(
                     raise Damaged("its last line is cut") from None
                 yield None, NOT_JSON
                 continue
+        if source.kind == "conversations":
+            document, reason = conversations.read_row(row)
+            yield document, reason or note
+            continue
         text = row.get(source.text_column) if isinstance(row, dict) else None
         if not isinstance(text, str):
             yield None, NO_TEXT
@@ -299,6 +306,9 @@ _TEXT_TYPES = (
 def _read_parquet(file: File, stream: IO[bytes], source: SourceConfig, start: int, stop: int) -> Iterator[Document]:
     try:
         parquet = pq.ParquetFile(stream, pre_buffer=False)
+        if source.kind == "conversations":
+            yield from _read_rows(file, parquet, start, stop)
+            return
         if source.text_column not in parquet.schema_arrow.names:
             found = ", ".join(parquet.schema_arrow.names)
             raise ValueError(f"{file.where} has no column {source.text_column!r}; it has {found}.")
@@ -311,6 +321,19 @@ def _read_parquet(file: File, stream: IO[bytes], source: SourceConfig, start: in
         if error.errno is not None:  # the file system's; Arrow's own have no number
             raise
         raise Damaged(str(error).splitlines()[0].removesuffix(".")) from None
+
+
+def _read_rows(file: File, parquet: pq.ParquetFile, start: int, stop: int) -> Iterator[Document]:
+    names = parquet.schema_arrow.names
+    conversations.check_columns(file.where, names)
+    columns = [name for name in conversations.COLUMNS if name in names]
+    for group in range(start, parquet.num_row_groups if stop < 0 else stop):
+        for batch in parquet.read_row_group(group, columns=columns).to_batches(max_chunksize=1000):
+            for row in batch.to_struct_array():
+                try:
+                    yield conversations.read_row(row.as_py())
+                except UnicodeDecodeError:
+                    yield None, INVALID_UTF8
 
 
 def _read_column(file: File, column: pa.ChunkedArray, source: SourceConfig) -> Iterator[Document]:
@@ -396,6 +419,8 @@ def sample_documents(source: SourceConfig, sample_bytes: int, found: list[Slice]
             if text is None:
                 yield None, note
                 continue
+            if source.kind == "conversations":
+                text = conversations.text_to_learn_from(text)
             yield text[:left], note
             size = len(text.encode("utf-8", "replace"))
             left, left_here = left - size, left_here - size

@@ -50,6 +50,9 @@ class PreparePlan:
     # corpus, where one split would be empty, just above the lowest hash.
     val_below: int
     duplicates: tuple[str, ...] = ()  # the files that list them
+    # Of conversations: what makes text of them, and how many tokens one may have. Empty and 0 for text.
+    chat_template: str = ""
+    most_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Tally:
     splits: dict[str, Counter[str]] = field(default_factory=lambda: {split: Counter() for split in SPLITS})
     dropped: Counter[str] = field(default_factory=Counter)
     replaced: int = 0
+    cut: int = 0  # conversations that lost their last turns
     source_bytes: int = 0  # of text that was read, dropped or not
     lengths: list[int] = field(default_factory=lambda: [0] * 40)  # documents of 2^(i-1) to 2^i - 1 tokens
     lowest_hash: int = 2**64  # of the documents in train: the first to move if val has none
@@ -82,6 +86,7 @@ class Tally:
             self.splits[split].update(other.splits[split])
         self.dropped.update(other.dropped)
         self.replaced += other.replaced
+        self.cut += other.cut
         self.source_bytes += other.source_bytes
         self.lengths = [mine + theirs for mine, theirs in zip(self.lengths, other.lengths, strict=True)]
         self.lowest_hash = min(self.lowest_hash, other.lowest_hash)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from model.chat import TEMPLATE_FILE
 from model.config import ModelConfig, OptimizerConfig
 from pipeline.artifacts import Artifact
 from pipeline.config import Config, StreamConfig, TrainConfig
@@ -26,7 +27,8 @@ class TrainingPlan:
     tokenizer: Artifact
     output: Artifact
     vocab_size: int
-    bytes_per_token: float  # of the training split: turns nats per token into bits per byte
+    bytes_per_token: float  # of what is learnt of the training split: turns nats per token into bits per byte
+    chat_template: str = ""  # of shards that hold conversations; checkpoints carry it
     start: str = ""  # a Hugging Face folder that every worker can read, for the first weights; empty: random ones
     tracking_uri: str = ""
     mlflow_run_id: str = ""  # empty: nothing goes to MLflow
@@ -46,6 +48,7 @@ def plan_training(
     shards = inputs["prepare"].manifest()
     assert shards is not None
     train_split = shards.counts["train"]
+    learnt = "learnt_" if "learnt_tokens" in train_split else ""
     return TrainingPlan(
         name=config.name,
         seed=config.seed,
@@ -57,7 +60,8 @@ def plan_training(
         tokenizer=inputs["tokenizer"],
         output=output,
         vocab_size=shards.counts["vocabulary_size"],
-        bytes_per_token=train_split["bytes"] / train_split["tokens"],
+        bytes_per_token=train_split[f"{learnt}bytes"] / train_split[f"{learnt}tokens"],
+        chat_template=inputs["prepare"].read_text(TEMPLATE_FILE) if TEMPLATE_FILE in shards.files else "",
         tracking_uri=tracking_uri,
         mlflow_run_id=mlflow_run_id,
         started=started,

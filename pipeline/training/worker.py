@@ -19,6 +19,7 @@ import ray.train.torch
 import torch
 from safetensors.torch import load_file
 
+from model.chat import save_template
 from model.checkpoint import (
     WEIGHTS,
     export_weights,
@@ -32,7 +33,8 @@ from model.optimizer import Optimizer, build_optimizer
 from model.scoring import Score, score_batches
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.training import LossModule, StepMeasures, choose_precision, parallelize, train_step
-from pipeline.corpus.stream import TokenStream, ValidationStream
+from pipeline.corpus.packing import open_training_stream, open_validation_stream
+from pipeline.corpus.stream import TokenStream
 from pipeline.training.agreement import Agreement
 from pipeline.training.checkpoints import BackgroundWriter, CheckpointStore
 from pipeline.training.failures import explain_lasting_failure
@@ -231,7 +233,7 @@ def score_validation(
     world_size: int = 1,
 ) -> Score:
     """Score each rank's part of the val split and add them up; every rank returns the same."""
-    stream = ValidationStream(
+    stream = open_validation_stream(
         plan.shards,
         context_length=plan.model.context_length,
         batch_sequences=plan.train.micro_batch_sequences,
@@ -259,6 +261,8 @@ def write_checkpoint(
 ) -> None:
     """Fill a checkpoint's folder: what `transformers` reads, and what a resume needs beside it."""
     write_model(folder, plan.model, tokenizer.vocab_size, weights, tokenizer)
+    if plan.chat_template:
+        save_template(folder, plan.chat_template)
     save_training_state(folder, state)
     history.save(folder)
 
@@ -285,7 +289,7 @@ def read_measures(
 
 
 def open_stream(plan: TrainingPlan, *, pin_memory: bool) -> TokenStream:
-    return TokenStream(
+    return open_training_stream(
         plan.shards,
         context_length=plan.model.context_length,
         batch_sequences=plan.train.batch_tokens // plan.model.context_length,

@@ -3,9 +3,11 @@
 import math
 import threading
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -199,6 +201,38 @@ def test_reading_a_step_does_not_wait_for_the_next_one() -> None:
     busy_until.record()
     assert measures.read() == (1.5, 0.5)
     assert not busy_until.query()
+
+
+def moments(optimizer: Optimizer) -> dict[str, Any]:
+    return {name: value for name, value in optimizer.state_dict().items() if not isinstance(value, str)}
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_from_a_batch_without_targets_nothing_is_learnt(kind: str) -> None:
+    model = tiny_model()
+    optimizer = build_optimizer(model, OptimizerConfig(kind=kind), total_steps=3)
+    module = parallelize(model)
+    train_step(module, optimizer, [global_batch(0)], step=0, global_tokens=GLOBAL_TOKENS)  # momentum and all
+    weights, state = deepcopy(dict(model.named_parameters())), deepcopy(moments(optimizer))
+    empty = replace(global_batch(1), targets=torch.full((4, 8), -100))
+    assert train_step(module, optimizer, split(empty, 1, 3), step=1, global_tokens=0).read() == (0.0, 0.0)
+    assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
+    torch.testing.assert_close(moments(optimizer), state, rtol=0, atol=0)
+
+
+def test_a_micro_batch_without_targets_changes_nothing() -> None:
+    """A rank or a part of it may hold nothing but questions: the mean is over what is learnt in the whole batch."""
+    empty = replace(
+        global_batch(1), targets=torch.full((4, 8), -100), document_ids=torch.zeros(4, 8, dtype=torch.int32)
+    )
+    weights = []
+    for parts in ([global_batch(0)], [empty, global_batch(0), empty]):
+        model = tiny_model()
+        optimizer = build_optimizer(model, OptimizerConfig(), total_steps=3)
+        measures = train_step(parallelize(model), optimizer, parts, step=0, global_tokens=GLOBAL_TOKENS)
+        assert all(map(math.isfinite, measures.read()))
+        weights.append(model)
+    assert_same_weights(*weights)
 
 
 def test_a_step_without_data_is_refused() -> None:

@@ -16,6 +16,7 @@ import torch
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
+from model.chat import ChatTemplate, load_template
 from model.checkpoint import load_model
 from model.gpt import GPT
 from model.scoring import score_batches
@@ -73,6 +74,7 @@ class LoadedVersion:
     tokenizer: Tokenizer
     context_length: int
     num_parameters: int
+    chat_template: ChatTemplate | None = None  # None: it was not trained on conversations
 
 
 class VersionRefused(ValueError):
@@ -116,7 +118,8 @@ def read(record: VersionRecord, checkpoint: Path, device: torch.device) -> tuple
     """Load a downloaded version onto a device."""
     model = load_model(checkpoint, device=device).eval()
     tokenizer = load_tokenizer(checkpoint)
-    return LoadedVersion(record, tokenizer, model.config.context_length, model.num_parameters()), model
+    size, context_length = model.num_parameters(), model.config.context_length
+    return LoadedVersion(record, tokenizer, context_length, size, load_template(checkpoint)), model
 
 
 def find_checkpoint(artifacts: Path, record: VersionRecord) -> Path:

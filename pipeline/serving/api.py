@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
+from pipeline.serving.chat import ChatCompletion, ChatRequest, chat
 from pipeline.serving.completion import SHORT_TEXT_CHARACTERS, Service, check_tokens, complete, encode
 from pipeline.serving.errors import ApiError, EngineDied, Overloaded, as_api_error, error_body
 from pipeline.serving.gate import Gate
@@ -38,7 +39,7 @@ def build_api(service: Service) -> FastAPI:
     errors: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}}
     app = FastAPI(
         title="GPT",
-        description="OpenAI's completions API over a model of the MLflow registry.",
+        description="OpenAI's completions and chat completions API over a model of the MLflow registry.",
         version="1",
         responses=errors,
         docs_url=None,
@@ -58,6 +59,11 @@ def build_api(service: Service) -> FastAPI:
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Complete prompts; with stream=true as server-sent events, ended by `data: [DONE]`."""
         return await complete(service, body, request)
+
+    @app.post("/v1/chat/completions", response_model=ChatCompletion)
+    async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation; with stream=true as server-sent events, ended by `data: [DONE]`."""
+        return await chat(service, body, request)
 
     @app.get("/v1/models")
     async def list_models() -> ModelList:

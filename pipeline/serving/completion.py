@@ -70,17 +70,20 @@ class CheckedRequest:
 
 async def complete(service: Service, body: CompletionRequest, request: Request) -> Response:
     """Check, admit, generate, answer."""
-    began = time.monotonic()
+    return await respond(service, await check(service, body, time.monotonic()), request, Answer)
+
+
+async def respond(service: Service, asked: CheckedRequest, request: Request, kind: type["Answer"]) -> Response:
+    """Admit a request that has been checked, generate, and answer whole or as a stream."""
     key: ApiKey | None = request.scope["api_key"]
-    asked = await check(service, body, began)
     service.access.start(key, asked.reserved_tokens)
     try:
-        answer = Answer(service, asked, key)
+        answer = kind(service, asked, key)
     except BaseException:
         service.access.settle(key, asked.reserved_tokens, 0)
         raise
     try:
-        if not body.stream:
+        if not asked.body.stream:
             whole = await unless_left(request, answer.whole())
             return Response(whole, media_type="application/json", headers=asked.version.headers)
         # The first tokens are awaited here, so that what goes wrong before them still has a status of its own.
@@ -230,13 +233,16 @@ async def encode(tokenizer: Tokenizer, text: str, param: str, *, in_thread: bool
 class Answer:
     """One HTTP answer in the making: its ticket in the engine, and what is counted on the way."""
 
+    id_prefix = "cmpl"
+    kind = stream_kind = "text_completion"
+
     def __init__(self, service: Service, asked: CheckedRequest, key: ApiKey | None) -> None:
         self._service = service
         self._asked = asked
         self._key = key
         self._frame = {
-            "id": f"cmpl-{asked.request_id}",
-            "object": "text_completion",
+            "id": f"{self.id_prefix}-{asked.request_id}",
+            "object": self.stream_kind if asked.body.stream else self.kind,
             "created": int(time.time()),
             "model": asked.model_id,
             "system_fingerprint": asked.version.fingerprint,
@@ -264,7 +270,7 @@ class Answer:
         choices = []
         for index, text in sorted(texts.items()):
             found = {"index": index, "text": "".join(text), "logprobs": logprobs.get(index)}
-            choices.append(_json(found | {"finish_reason": reasons[index]}))
+            choices.append(_json(self._choice(found | {"finish_reason": reasons[index]})))
             await asyncio.sleep(0)  # twenty log-probabilities for each of a thousand tokens take a while to write
         self.close(200)
         rest = _json(self._frame | {"usage": self.usage})
@@ -275,7 +281,8 @@ class Answer:
         status = 499  # what it is if the client goes away meanwhile
         try:
             while pieces:
-                yield _event(self._frame | {"choices": pieces})
+                for choices in self._steps(pieces):
+                    yield _event(self._frame | {"choices": choices})
                 await self._ticket.rest(WRITE_SPACING_SECONDS * (len(self._asked.version.backend.tickets) - 1))
                 pieces = await self.read()
             options = self._asked.body.stream_options
@@ -289,6 +296,14 @@ class Answer:
             yield _event(failure.body)
         finally:
             self.close(status)
+
+    def _choice(self, found: dict[str, Any]) -> dict[str, Any]:
+        """Give a whole choice its shape; `found` is that of completions."""
+        return found
+
+    def _steps(self, pieces: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """Give what came since the last event its shape: the choices of one event, or of several."""
+        return [pieces]
 
     async def read(self) -> list[dict[str, Any]]:
         """The next choices with what came since the last look, one per choice; empty at the end."""
@@ -317,14 +332,16 @@ class Answer:
         if chunk.is_prompt or not scoring:
             piece["text"] += chunk.text
             if body.logprobs is not None and chunk.logprobs is not None:
-                offsets = self._offsets_of(index)
-                found = format_logprobs(chunk.logprobs, body.logprobs, self._name, offsets)
+                found = self._logprobs(index, chunk.logprobs, body.logprobs)
                 if piece["logprobs"] is None:
                     piece["logprobs"] = found
                 else:
                     for name, values in found.items():
                         piece["logprobs"][name] += values
         piece["finish_reason"] = "length" if scoring and chunk.finish_reason else chunk.finish_reason
+
+    def _logprobs(self, index: int, found: list[TokenLogprob], num_top: int) -> dict[str, list[Any]]:
+        return format_logprobs(found, num_top, self._name, self._offsets_of(index))
 
     def _offsets_of(self, index: int) -> "TextOffsets":
         """Return the counter of one choice's characters; it starts after the prompt, which OpenAI counts too."""

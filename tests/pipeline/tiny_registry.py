@@ -7,6 +7,7 @@ from pathlib import Path
 import mlflow
 import torch
 
+from model.chat import save_template
 from model.checkpoint import save_model
 from model.gpt import GPT, ModelConfig
 from model.tokenizer import Tokenizer, train_bpe
@@ -23,7 +24,15 @@ class TinyRegistry:
     tracking_uri: str
     name: str = "tiny"
 
-    def add_version(self, *, seed: int, probe_shift: float = 0.0, alias: str = "", context_length: int = 128) -> str:
+    def add_version(
+        self,
+        *,
+        seed: int,
+        probe_shift: float = 0.0,
+        alias: str = "",
+        context_length: int = 128,
+        chat_template: str = "",
+    ) -> str:
         """Register random weights; a `probe_shift` makes the registry's figure for them wrong by so much."""
         torch.manual_seed(seed)
         tokenizer = tiny_tokenizer()
@@ -41,6 +50,8 @@ class TinyRegistry:
         experiment = client.get_experiment_by_name("tiny")
         with mlflow.start_run(experiment_id=experiment.experiment_id) as run, tempfile.TemporaryDirectory() as folder:
             save_model(Path(folder), model, tokenizer)
+            if chat_template:
+                save_template(Path(folder), chat_template)
             mlflow.log_artifacts(folder, "model/artifacts/checkpoint")
             for step in range(20):
                 mlflow.log_metrics({"train/loss": 9 - step / 10, "validation/loss": 9.1 - step / 11}, step=step)

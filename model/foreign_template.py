@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -21,8 +22,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SECONDS = 2.0  # for one conversation; usual ones take a thousandth of it
-START_SECONDS = 60.0  # importing Jinja, on a busy machine
+SECONDS = 2.0  # of a processor, for one conversation; usual ones take a thousandth of it
+WAITING_SECONDS = 60.0  # by the clock: on a busy machine the process may wait for a processor
 TEXT_BYTES = 2**24
 MEMORY_BYTES = 2**29
 
@@ -31,7 +32,7 @@ class TemplateProcess:
     """Renders one template in a process that is started at first use, and again after it had to be ended."""
 
     def __init__(self, template: str, special_tokens: Mapping[str, str], seconds: float = SECONDS) -> None:
-        self._first = {"template": template, "special_tokens": dict(special_tokens)}
+        self._first = {"template": template, "special_tokens": dict(special_tokens), "seconds": seconds}
         self._seconds = seconds
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -45,7 +46,7 @@ class TemplateProcess:
         with self._lock:
             if self._process is None:
                 self._start()
-            answer = self._exchange(question, self._seconds)
+            answer = self._exchange(question)
         if "error" in answer:
             raise ValueError(f"The chat template cannot render this conversation: {answer['error']}")
         return answer["text"], [(start, stop) for start, stop in answer["spoken"]]
@@ -68,18 +69,18 @@ class TemplateProcess:
         # -P: this file's neighbours must not pass for modules of the same names.
         command = [sys.executable, "-P", str(Path(__file__))]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self._exchange({}, START_SECONDS)
-        answer = self._exchange(self._first, self._seconds)
+        answer = self._exchange(self._first)
         if "error" in answer:
             self.close()
             raise ValueError(f"The chat template is not one: {answer['error']}")
 
-    def _exchange(self, question: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    def _exchange(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """Send one line and read one; the process is ended if it does not answer as it should."""
         assert self._process is not None
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        deadline = time.monotonic() + seconds
+        too_slow = f"The chat template was stopped: it did not end within {self._seconds:g} s."
+        deadline = time.monotonic() + WAITING_SECONDS
         received = bytearray()
         try:
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
@@ -88,10 +89,11 @@ class TemplateProcess:
             while not received.endswith(b"\n"):
                 ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
                 if not ready:
-                    raise ValueError(f"The chat template was stopped: it did not end within {seconds:g} s.")
+                    raise ValueError(too_slow)
                 content = os.read(descriptor, 2**20)
                 if not content:
-                    raise ValueError("The chat template was stopped: it took too much memory.")
+                    is_slow = self._process.wait() == -signal.SIGPROF
+                    raise ValueError(too_slow if is_slow else "The chat template was stopped: its process has ended.")
                 received += content
             answer: dict[str, Any] = json.loads(received)
             return answer
@@ -109,7 +111,7 @@ class TemplateProcess:
 def serve() -> None:
     """Read a template, then conversations, a line of JSON each, and answer each with one; ends with its input.
 
-    An empty object is answered at once: then Jinja has been imported, and what follows can be timed.
+    The timer counts what a processor does for this process, and its signal ends it, in the middle of anything.
     """
     import resource
 
@@ -119,15 +121,16 @@ def serve() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     compiled, nonce = None, secrets.token_hex(8)
     names: dict[str, str] = {}
+    seconds = 0.0
     for line in sys.stdin.buffer:
         question = json.loads(line)
+        seconds = question.get("seconds", seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
-            if not question:
-                answer: dict[str, Any] = {}
-            elif compiled is None:
+            if compiled is None:
                 names = question["special_tokens"]
                 compiled = compile_template(question["template"], nonce)
-                answer = {}
+                answer: dict[str, Any] = {}
             else:
                 written = compiled.render(messages=question["messages"], add_generation_prompt=question["ask"], **names)
                 if len(written) > TEXT_BYTES // 4:
@@ -140,6 +143,7 @@ def serve() -> None:
             answer = {"error": "it calls itself without end."}
         except Exception as error:  # whatever a template does wrong is told to the one who uses it
             answer = {"error": " ".join(str(error).split())[:500] or type(error).__name__}
+        signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 

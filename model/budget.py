@@ -40,16 +40,16 @@ def estimate_memory(
 ) -> Memory:
     """Peak of one training step: float32 weights, gradients and moments; activations in `activation_bytes` each.
 
-    With `recompute` a block keeps its input, and only the one that is on its way back has the rest. `shards` is the
-    number of ranks among which FSDP2 divides weights, gradients and moments; `shares` that of the threads which learn
-    from a micro-batch together on a CPU (`SharedLoss`), each with gradients, copies and logits of its own.
+    With `recompute` each block keeps its input, and one block at a time computes the rest again. `shards` is the number
+    of ranks over which FSDP2 divides weights, gradients and moments. `shares` is the number of threads that share a
+    micro-batch on a CPU (`SharedLoss`); each has its own gradients, copies and logits.
     """
     parameters = count_parameters(model, vocab_size)
     matrices = model.num_layers * block_parameters(model)[0]
     moments = matrices + 2 * (parameters - matrices) if optimizer.kind == "muon" else 2 * parameters
     head = vocab_size * model.width
     if shards > 1:
-        # Gathered for the time of their use: a block while the next is under way, what belongs to none throughout.
+        # Gathered while in use: two blocks, because the next one is fetched meanwhile, and what belongs to no block.
         copies = (2 * matrices // model.num_layers + parameters - matrices) * activation_bytes
     else:
         # Under autocast every matrix has a copy in the activations' precision until the step ends.
@@ -71,7 +71,7 @@ def estimate_memory(
 
 
 def activations_per_token(model: ModelConfig) -> int:
-    """Numbers that one block keeps per token from the forward to the backward pass; attention keeps no T x T."""
+    """Count the numbers that one block keeps per token for the backward pass; attention keeps no T x T scores."""
     queries = model.num_heads * model.channels_per_head
     keys = model.kv_heads * model.channels_per_head
     norms = 4 * model.width  # both norms' inputs and outputs
@@ -97,11 +97,11 @@ def orthogonalisation_flops(model: ModelConfig) -> int:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step on each of several devices: arithmetic, and network that arithmetic cannot hide."""
+    """Seconds of one step on each of several devices: arithmetic, and the network's part that is not hidden by it."""
 
     compute: float
-    gradients: float  # the whole all-reduce, most of it behind the backward pass
-    exposed: float  # what the step waits for: the last bucket, what does not fit behind, Muon's gather
+    gradients: float  # the whole all-reduce, most of which runs during the backward pass
+    exposed: float  # what the step waits for: the last bucket, what the backward pass is too short for, Muon's gather
 
     @property
     def efficiency(self) -> float:
@@ -119,7 +119,7 @@ def estimate_step(
     bytes_per_second: float,
     latency_seconds: float = 20e-6,
 ) -> StepTime:
-    """Divide a step of `flops` over `devices` with DDP; `flops_per_second` is what one really reaches.
+    """Estimate a step of `flops` divided over `devices` with DDP; `flops_per_second` is what one device reaches.
 
     Each of the n devices sends 2 (n-1)/n of the gradients' bytes (ring all-reduce), in buckets that start as soon
     as they are full. The backward pass is two thirds of the arithmetic; the last bucket is full only at its end.

@@ -7,6 +7,7 @@ save_training_state(folder, {"optimizer": optimizer.state_dict(), "step": step})
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,15 +46,17 @@ MODERN_BLOCK: dict[str, str | tuple[str, ...]] = {
     "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.output": "mlp.down_proj",
 }
+# What older versions of transformers saved beside the weights: masks and tables that are computed, not learnt.
+BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
 MODERN = {"embedding": "model.embed_tokens", "norm": "model.norm"}
 
 
-def save_model(folder: Path, model: GPT, tokenizer: "Tokenizer | None" = None, extra: dict | None = None) -> None:
-    """Write the folder; `extra`, facts about the training, goes to `training.json` beside the weights.
+def save_model(folder: Path, model: GPT, tokenizer: "Tokenizer | None" = None) -> None:
+    """Write the folder of a model that one process holds.
 
-    A sharded model is gathered first: then every rank calls `export_weights`, and one writes with `write_model`.
+    Of a sharded model every rank calls `export_weights`, which gathers them, and one writes with `write_model`.
     """
-    write_model(folder, model.config, model.vocab_size, export_weights(model), tokenizer, extra)
+    write_model(folder, model.config, model.vocab_size, export_weights(model), tokenizer)
 
 
 def write_model(
@@ -62,27 +65,31 @@ def write_model(
     vocab_size: int,
     weights: dict[str, Tensor],
     tokenizer: "Tokenizer | None" = None,
-    extra: dict | None = None,
 ) -> None:
-    """Write weights that `export_weights` gave, possibly long ago and on another thread."""
+    """Write the folder from weights that `export_weights` returned, possibly long ago and in another thread."""
     folder.mkdir(parents=True, exist_ok=True)
     end_of_text = None if tokenizer is None else tokenizer.end_of_text
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     _write_json(folder / "config.json", export_config(config, vocab_size, dtype, end_of_text))
+    shutil.copymode(folder / "config.json", folder / WEIGHTS)  # safetensors lets only the owner read its file
     ends = {} if end_of_text is None else {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     _write_json(folder / "generation_config.json", {"_from_model_config": True, **ends})
-    if extra is not None:
-        _write_json(folder / "training.json", extra)
     if tokenizer is not None:
-        tokenizer.save(folder)
+        tokenizer.save(folder, max_length=config.context_length)
 
 
-def load_model(folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> GPT:
+def load_model(folder: Path | str, device: str | torch.device = "cpu") -> GPT:
     """Build the model that a folder describes, in evaluation mode."""
     folder = Path(folder)
     config, vocab_size = load_config(folder)
     files = sorted(folder.glob("model*.safetensors"))
+    if not files and list(folder.glob("pytorch_model*.bin")):
+        raise ValueError(
+            f"{folder} holds its weights as pytorch_model.bin, a pickle, which can run code and is not read here."
+            f" Convert it with transformers: AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+            f".save_pretrained(another folder), which writes {WEIGHTS}."
+        )
     if not files:
         raise ValueError(f"{folder} holds no {WEIGHTS}; it is not a finished checkpoint.")
     weights: dict[str, Tensor] = {}
@@ -96,16 +103,14 @@ def load_model(folder: Path | str, device: str | torch.device = "cpu", dtype: to
     model.to_empty(device=device)
     model.restore_derived()
     import_weights(model, weights, str(folder))
-    if dtype is not None:
-        model.to_dtype(dtype)
     return model.eval()
 
 
 @torch.no_grad()
 def export_weights(model: GPT) -> dict[str, Tensor]:
-    """Copies of all weights under their Hugging Face names, on the CPU, without padding rows.
+    """Copy all weights to the CPU under their Hugging Face names, without padding rows.
 
-    If the model is sharded this is collective: every rank must call it.
+    Every rank must call it if the model is sharded, because the ranks exchange their parts.
     """
     weights = {}
     for ours, theirs, transposed in _names(model.config):
@@ -114,7 +119,7 @@ def export_weights(model: GPT) -> dict[str, Tensor]:
             weight = weight[: model.vocab_size]
         heights = [len(weight)] if len(theirs) == 1 else _sections(model, ours)
         for name, part in zip(theirs, weight.split(heights), strict=True):
-            # A clone even on the CPU: it is written while training goes on.
+            # Cloned on the CPU too, because training goes on while it is written.
             weights[name] = (part.t() if transposed else part).clone(memory_format=torch.contiguous_format).cpu()
     return weights
 
@@ -122,11 +127,12 @@ def export_weights(model: GPT) -> dict[str, Tensor]:
 @torch.no_grad()
 def import_weights(model: GPT, weights: Mapping[str, Tensor], source: str) -> None:
     """Copy Hugging Face weights into the model; raises `ValueError` naming what is missing, too many or misshapen."""
-    # The hub's own gpt2 leaves out the prefix and carries masks that are no weights.
+    # The hub's own gpt2 leaves out the prefix, and so does what transformers saves of a model without its head.
+    prefix = "model." if model.config.is_modern else "transformer."
     given = {
-        name if model.config.is_modern or name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": w
-        for name, w in weights.items()
-        if model.config.is_modern or not name.endswith((".attn.bias", ".attn.masked_bias"))
+        name if name.startswith((prefix, "lm_head.")) else f"{prefix}{name}": weight
+        for name, weight in weights.items()
+        if not name.endswith(BUFFERS)
     }
     if model.config.tie_embeddings:
         given.pop("lm_head.weight", None)
@@ -199,60 +205,96 @@ def export_config(
 
 
 def load_config(folder: Path | str) -> tuple[ModelConfig, int]:
-    """Read a folder's `config.json`: the model's settings and its vocabulary's size."""
+    """Read a folder's `config.json`: the model's settings and its vocabulary's size.
+
+    Raises `ValueError` naming the setting that is missing, or under which this project's model would compute something
+    else than theirs.
+    """
     path = Path(folder) / "config.json"
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; name the folder of a checkpoint.") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}).") from None
+    if not isinstance(theirs, dict):
+        raise ValueError(f"{path} is not the settings of a model: it holds no JSON object.")
     kind = theirs.get("model_type")
-    if kind == "qwen3":
-        rope = theirs.get("rope_parameters") or {}
-        unsupported = {
-            "hidden_act": theirs.get("hidden_act", "silu") != "silu",
-            "attention_bias": bool(theirs.get("attention_bias")),
-            "use_sliding_window": bool(theirs.get("use_sliding_window")),
-            "rope_scaling": bool(theirs.get("rope_scaling")) or rope.get("rope_type", "default") != "default",
-            "rms_norm_eps": theirs.get("rms_norm_eps", 1e-6) != 1e-6,
-        }
-        config = ModelConfig(
-            family="modern",
-            num_layers=theirs["num_hidden_layers"],
-            width=theirs["hidden_size"],
-            num_heads=theirs["num_attention_heads"],
-            num_kv_heads=theirs.get("num_key_value_heads") or 0,
-            head_dim=theirs.get("head_dim") or 0,
-            mlp_width=theirs["intermediate_size"],
-            context_length=theirs["max_position_embeddings"],
-            tie_embeddings=theirs.get("tie_word_embeddings", False),
-            rope_theta=float(rope.get("rope_theta") or theirs.get("rope_theta") or 10_000.0),
-        )
-    elif kind == "gpt2":
-        unsupported = {
-            "activation_function": theirs.get("activation_function", "gelu_new") != "gelu_new",
-            "layer_norm_epsilon": theirs.get("layer_norm_epsilon", 1e-5) != 1e-5,
-            "scale_attn_by_inverse_layer_idx": bool(theirs.get("scale_attn_by_inverse_layer_idx")),
-        }
-        config = ModelConfig(
-            family="classic",
-            num_layers=theirs["n_layer"],
-            width=theirs["n_embd"],
-            num_heads=theirs["n_head"],
-            mlp_width=theirs.get("n_inner") or 0,
-            context_length=theirs["n_positions"],
-            dropout=theirs.get("resid_pdrop", 0.0),
-            tie_embeddings=theirs.get("tie_word_embeddings", True),
-        )
-    else:
-        raise ValueError(f"{path} describes a {kind!r} model; this project knows gpt2 and qwen3.")
-    for name, found in unsupported.items():
-        if found:
-            raise ValueError(
-                f"{path} has {name}={theirs.get(name, rope if kind == 'qwen3' else None)!r}, not supported."
-            )
+    if kind not in FIXED:
+        raise ValueError(f"{path} describes a {kind!r} model; this project knows {' and '.join(FIXED)}.")
+    for name, allowed in (FIXED[kind] | FIXED_FOR_ALL).items():
+        if name in theirs and theirs[name] not in allowed:
+            raise ValueError(f"{path} has {name}={theirs[name]!r}, not supported.")
+    for name in REQUIRED[kind]:
+        if name not in theirs:
+            raise ValueError(f"{path} lacks {name}; it does not describe a whole {kind} model.")
+        if type(theirs[name]) is not int:
+            raise ValueError(f"{path} has {name}={theirs[name]!r}; that must be a whole number.")
+    config = _read_qwen3(theirs, path) if kind == "qwen3" else _read_gpt2(theirs)
     return config, theirs["vocab_size"]
+
+
+# What a model of a kind must say of itself; and settings that it may have, with the values under which our model
+# computes the same. The first of them is what `transformers` assumes where the setting is missing.
+REQUIRED = {
+    "gpt2": ("n_layer", "n_embd", "n_head", "n_positions", "vocab_size"),
+    "qwen3": (
+        *("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"),
+        *("max_position_embeddings", "vocab_size"),
+    ),
+}
+FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "gpt2": {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "layer_norm_epsilon": (1e-5,),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False, None),
+        "add_cross_attention": (False, None),
+    },
+    "qwen3": {
+        "hidden_act": ("silu", "swish"),
+        "attention_bias": (False, None),
+        "use_sliding_window": (False, None),
+        "rms_norm_eps": (1e-6,),
+    },
+}
+FIXED_FOR_ALL: dict[str, tuple[Any, ...]] = {"quantization_config": (None,), "pruned_heads": ({}, None)}
+
+
+def _read_gpt2(theirs: Mapping[str, Any]) -> ModelConfig:
+    return ModelConfig(
+        family="classic",
+        num_layers=theirs["n_layer"],
+        width=theirs["n_embd"],
+        num_heads=theirs["n_head"],
+        mlp_width=theirs.get("n_inner") or 0,
+        context_length=theirs["n_positions"],
+        dropout=theirs.get("resid_pdrop", 0.1),
+        tie_embeddings=theirs.get("tie_word_embeddings", True),
+    )
+
+
+def _read_qwen3(theirs: Mapping[str, Any], path: Path) -> ModelConfig:
+    rope = theirs.get("rope_parameters") or {}
+    for name, found in (("rope_parameters", rope), ("rope_scaling", theirs.get("rope_scaling") or {})):
+        plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
+        if any(found.get(key, value) != value for key, value in plain.items()):
+            raise ValueError(f"{path} has {name}={found!r}, not supported.")
+    others = set(theirs.get("layer_types") or ()) - {"full_attention"}
+    if others:
+        raise ValueError(f"{path} has layer_types with {min(others)!r}, not supported.")
+    return ModelConfig(
+        family="modern",
+        num_layers=theirs["num_hidden_layers"],
+        width=theirs["hidden_size"],
+        num_heads=theirs["num_attention_heads"],
+        num_kv_heads=theirs.get("num_key_value_heads", 32) or 0,  # 32 and 128 are Qwen3's own defaults
+        head_dim=theirs.get("head_dim", 128) or 0,
+        mlp_width=theirs["intermediate_size"],
+        context_length=theirs["max_position_embeddings"],
+        tie_embeddings=theirs.get("tie_word_embeddings", False),
+        rope_theta=float(rope.get("rope_theta") or theirs.get("rope_theta") or 10_000.0),
+    )
 
 
 def save_training_state(folder: Path, state: Mapping[str, Any]) -> None:
@@ -278,7 +320,7 @@ def load_training_state(folder: Path) -> dict[str, Any]:
 
 
 def _names(config: ModelConfig) -> list[tuple[str, tuple[str, ...], bool]]:
-    """Every parameter's name here, its names there, and whether it lies transposed there."""
+    """List every parameter: our name, its names in Hugging Face's folders, and whether it is transposed there."""
     top: dict[str, str] = dict(MODERN if config.is_modern else CLASSIC)
     if not config.tie_embeddings:
         top["head"] = "lm_head"

@@ -27,7 +27,7 @@ class ModelConfig:
         )
         for name in ("num_layers", "width", "num_heads"):
             require(getattr(self, name) > 0, f"model.{name} must be positive.")
-        # Shorter ones leave nothing to predict in the windows that evaluation and the probe text are cut into.
+        # Evaluation and the probe cut a text into windows; shorter ones would leave nothing to predict in them.
         require(self.context_length >= 4, "model.context_length must be at least 4.")
         for name in ("num_kv_heads", "head_dim", "mlp_width"):
             require(getattr(self, name) >= 0, f"model.{name} cannot be negative; 0 derives it.")
@@ -69,7 +69,7 @@ class ModelConfig:
     def mlp_channels(self) -> int:
         if self.mlp_width:
             return self.mlp_width
-        # SwiGLU has three matrices where GELU has two: 8/3 keeps the parameters of 4.
+        # SwiGLU has three matrices and GELU two, so 8/3 x width gives as many parameters as 4 x width.
         return math.ceil(8 * self.width / 3 / 128) * 128 if self.is_modern else 4 * self.width
 
     @property

@@ -5,7 +5,7 @@ Shapes: B sequences, T tokens, C width, H heads, K key-value heads, D channels o
     model = GPT(ModelConfig(num_layers=4, width=256, num_heads=4), vocab_size=8192)
     logits = model(tokens)                                  # [B, T, V]
     nats = model.loss(tokens, targets)                      # a sum, never holding all logits
-    cache = model.new_cache(slots=B); model(tokens, cache)  # then one token at a time
+    cache = model.new_cache(slots=16)                       # for `forward_hidden`, which an engine calls
 
 Long because the whole network is here, so that it can be read without turning a page.
 """
@@ -30,23 +30,12 @@ VOCABULARY_MULTIPLE = 64  # matrix units of GPUs want whole tiles: 50,257 rows a
 
 
 class KVCache:
-    """Keys and values of up to `slots` sequences, each at its own length.
+    """Keys and values of up to `slots` sequences; whoever calls `GPT.forward_hidden` knows how long each is."""
 
-    `lengths[slot]` tokens of a slot are filled. `GPT.forward` fills rows 0..B-1 and advances their lengths;
-    an engine with ragged batches names slots and positions itself through `GPT.forward_hidden`.
-    """
-
-    def __init__(
-        self, config: ModelConfig, slots: int, capacity: int, device: torch.device | str, dtype: torch.dtype
-    ) -> None:
-        shape = (config.num_layers, slots, config.kv_heads, capacity, config.channels_per_head)
+    def __init__(self, config: ModelConfig, slots: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.num_layers, slots, config.kv_heads, config.context_length, config.channels_per_head)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths = [0] * slots  # on the host, so that no step waits for the device
-
-    @property
-    def slots(self) -> int:
-        return self.keys.shape[1]
 
     @property
     def capacity(self) -> int:
@@ -55,7 +44,10 @@ class KVCache:
     def write(
         self, layer: int, keys: Tensor, values: Tensor, slots: Tensor | None, positions: Tensor, visible: int
     ) -> tuple[Tensor, Tensor]:
-        """Store keys and values [B, K, T, D] at `positions` [B, T]; return the first `visible` of those rows."""
+        """Store keys and values [B, K, T, D] at `positions` [B, T] of the slots [B], or of slots 0 to B-1.
+
+        Returns what those slots hold at the first `visible` positions.
+        """
         rows = torch.arange(len(keys), device=keys.device) if slots is None else slots
         stored_keys, stored_values = self.keys[layer], self.values[layer]
         stored_keys[rows[:, None], :, positions] = keys.transpose(1, 2).to(stored_keys.dtype)
@@ -67,7 +59,7 @@ class KVCache:
 
 @dataclass
 class AttentionContext:
-    """What every layer's attention needs to know of this forward pass."""
+    """What the attention of every layer is told about this forward pass."""
 
     rotation: tuple[Tensor, Tensor] | None = None  # cosines and sines [B or 1, 1, T, D]
     mask: Tensor | None = None  # [B, 1, T, keys], true where a query may look; None: causal
@@ -133,14 +125,14 @@ class Attention(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Computes in float32, as transformers does, and gives back the precision it got."""
+    """Computes in float32, as transformers does, and returns the precision of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + D/2) by their position's angle: RoPE in the layout of transformers."""
+    """Turn each pair of channels (i, i + D/2) by the angle of its position: RoPE in the layout of transformers."""
     first, second = x.chunk(2, dim=-1)
     return x * cosines + torch.cat((-second, first), dim=-1) * sines
 
@@ -175,7 +167,7 @@ class Block(nn.Module):
         self.mlp_norm = build_norm(config)
         self.mlp = SwiGLU(config) if config.is_modern else GeluMLP(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.recomputes = False  # keeps its input alone for the backward pass, and computes the rest again there
+        self.recomputes = False  # keeps only its input for the backward pass, which computes the rest again
 
     def forward(self, x: Tensor, context: AttentionContext, layer: int) -> Tensor:
         if self.recomputes and torch.is_grad_enabled():
@@ -211,23 +203,17 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = build_norm(config)
         self.head = nn.Linear(config.width, padded_size, bias=False)
-        self.cross_entropy: Callable[..., Tensor] = chunked_cross_entropy  # where a compiled one may stand
+        self.cross_entropy: Callable[..., Tensor] = chunked_cross_entropy  # `parallelize` may put a compiled one here
         self.restore_derived()
         self.initialise()
 
     def restore_derived(self) -> None:
-        """Make what no checkpoint holds: the tie between embedding and head, and the rotary table."""
+        """Make what a checkpoint does not hold: the tie between embedding and head, and the rotary table."""
         if self.config.tie_embeddings:
             self.head.weight = self.embedding.weight
         if self.config.is_modern:
             for name, table in zip(("cosines", "sines"), rotary_table(self.config), strict=True):
                 self.register_buffer(name, table.to(self.embedding.weight.device), persistent=False)
-
-    def to_dtype(self, dtype: torch.dtype) -> "GPT":
-        """Cast the weights; the rotary table stays float32, in which positions are exact."""
-        self.to(dtype)
-        self.restore_derived()
-        return self
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -260,13 +246,9 @@ class GPT(nn.Module):
         for weight in (self.embedding.weight, self.head.weight):
             weight[self.vocab_size :] = 0
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None, document_ids: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V]; with a cache, `tokens` go on from what its rows hold."""
-        hidden = self.forward_hidden(tokens, cache=cache, document_ids=document_ids)
-        if cache is not None:
-            for row in range(len(tokens)):
-                cache.lengths[row] += tokens.shape[1]
-        return self.logits(hidden)
+    def forward(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """Return the logits [B, T, V] of tokens [B, T]."""
+        return self.logits(self.forward_hidden(tokens, document_ids=document_ids))
 
     def forward_hidden(
         self,
@@ -279,13 +261,13 @@ class GPT(nn.Module):
         visible: int | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """The last layer's normalised output [B, T, C], from which `logits` and the loss are computed.
+        """Return the last layer's normalised output [B, T, C], from which `logits` and the loss are computed.
 
-        With a cache, row b's keys go to slot `slots[b]` (row b itself if None) at `positions[b]` (after what the
-        slot holds if None), and its queries see the keys at or before their own position. `visible`, the
-        number of leading positions that any query may see, must be given with `positions`: it is known on the host.
-        So rows of different lengths go in one batch, padded on the right: a padded token writes behind the end,
-        where the next real one overwrites it. Only `forward` advances `cache.lengths`.
+        With a cache, row b's keys and values go to slot `slots[b]` (slot b if None) at `positions[b]` [T], and its
+        queries see what the slot holds at their own position and before. No query sees beyond the first `visible`
+        positions; the caller says how many, because reading it from the device would wait for it. Rows of different
+        lengths go in one batch if the shorter ones are padded on the right: a padding token writes behind the row's
+        end, and the next real token overwrites it.
 
         Without a cache, `mask` [B, 1, T, T], true where a token may look, goes with `positions`: several texts that
         share a beginning can then lie in one row, which may be longer than the context.
@@ -293,17 +275,9 @@ class GPT(nn.Module):
         length = tokens.shape[1]
         if cache is not None:
             assert document_ids is None, "documents are separate slots of a cache"
-            if positions is None:
-                assert slots is None, "slots come with positions"
-                starts = cache.lengths[: len(tokens)]
-                visible = max(starts) + length
-                positions = torch.tensor(starts)[:, None] + torch.arange(length)
-                positions = positions.to(tokens.device, non_blocking=True)
+            assert positions is not None, "a cache does not know how long its texts are"
             assert visible is not None
-            if visible > cache.capacity:
-                raise ValueError(
-                    f"{visible} tokens do not fit the cache of {cache.capacity}; shorten the prompt or max_tokens."
-                )
+            assert visible <= cache.capacity
             reached = torch.arange(visible, device=tokens.device)
             mask = (reached <= positions[:, :, None])[:, None]
             context = AttentionContext(None, mask, cache, slots, positions, visible)
@@ -322,7 +296,7 @@ class GPT(nn.Module):
         else:
             context.rotation = (self.cosines[positions][:, None], self.sines[positions][:, None])
         if torch.is_autocast_enabled(x.device.type):
-            # Else float32 embeddings would keep the whole residual stream in float32: twice the memory traffic.
+            # Autocast leaves embeddings in float32, and all that is added to them: twice the memory traffic.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer, block in enumerate(self.blocks):
             x = block(x, context, layer)
@@ -336,12 +310,12 @@ class GPT(nn.Module):
         hidden = self.forward_hidden(tokens, document_ids=document_ids)
         return self.cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten(), self.vocab_size)
 
-    def new_cache(self, slots: int, capacity: int | None = None, dtype: torch.dtype | None = None) -> KVCache:
+    def new_cache(self, slots: int) -> KVCache:
         weight = self.embedding.weight
-        return KVCache(self.config, slots, capacity or self.config.context_length, weight.device, dtype or weight.dtype)
+        return KVCache(self.config, slots, weight.device, weight.dtype)
 
     def num_parameters(self) -> int:
-        """Parameters of the true vocabulary: what a checkpoint holds, without padding rows."""
+        """Count the parameters that a checkpoint holds: without the rows that pad the vocabulary."""
         return count_parameters(self.config, self.vocab_size)
 
     def flops_per_token(self) -> int:
@@ -402,15 +376,17 @@ def block_parameters(config: ModelConfig) -> tuple[int, int]:
 
 
 def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
-    """FLOPs of forward and backward per token, PaLM's count (appendix B): 6 per weight of a matrix product, the
-    head included, and 12 L H D T for attention as if it were not causal. Embedding rows are looked up: free.
+    """Count the FLOPs of forward and backward pass per token, as PaLM does (appendix B).
+
+    6 for each weight of a matrix product, the head's among them, and 12 L H D T for attention as if it were not causal.
+    Embedding rows are looked up, not multiplied.
     """
     matrices = config.num_layers * block_parameters(config)[0] + vocab_size * config.width
     attention = 12 * config.num_layers * config.num_heads * config.channels_per_head * config.context_length
     return 6 * matrices + attention
 
 
-# Logits held at once. A GPU wants large products: 128 MiB in bfloat16. A CPU wants them to stay near its cache.
+# Logits held at once. On a GPU large products are fast: 128 MiB in bfloat16. On a CPU small ones stay near its cache.
 CHUNK_LOGITS = {"cpu": 2**23}
 DEFAULT_CHUNK_LOGITS = 2**26
 
@@ -425,9 +401,9 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Sum of nats of `targets` [N] under the head `weight` [V, C] applied to `hidden` [N, C].
 
-    The logits of one chunk of tokens exist at a time. Their gradient is taken on the spot, in the forward
-    pass, so nothing is computed twice: three matrix products per chunk, as without chunks. `chunk_gradient` is
-    `cross_entropy_gradient`, or that compiled: all passes over the logits in one or two.
+    Only the logits of one chunk of tokens exist at a time. The forward pass computes their gradient too, before they
+    are dropped, so nothing is computed twice: three matrix products per chunk, as without chunks. `chunk_gradient` is
+    `cross_entropy_gradient`, or that function compiled, which passes over the logits once or twice.
     """
     if chunk_tokens is None:
         chunk_tokens = max(CHUNK_LOGITS.get(hidden.device.type, DEFAULT_CHUNK_LOGITS) // len(weight), 128)
@@ -483,7 +459,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy_gradient(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Summed nats of one chunk, and their gradient by the logits [n, V]; columns past `vocab_size` are inert."""
+    """Return the summed nats of one chunk and their gradient by the logits [n, V].
+
+    Columns from `vocab_size` on pad the vocabulary; they take no probability and get no gradient.
+    """
     columns = torch.arange(logits.shape[1], device=logits.device)
     scores = logits.float()
     if vocab_size < logits.shape[1]:

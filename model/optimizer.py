@@ -43,7 +43,7 @@ def momentum_at(config: OptimizerConfig, step: int) -> float:
 
 
 class Optimizer:
-    """AdamW over its groups, and Muon over the matrices if the config says so; one object to step, save and load."""
+    """AdamW over its groups, and Muon over the matrices if the config says so, as one object."""
 
     def __init__(self, model: GPT, config: OptimizerConfig, total_steps: int) -> None:
         self.config = config
@@ -95,7 +95,7 @@ class Optimizer:
         }[group]
 
     def learning_rates(self, step: int | None = None) -> dict[str, float]:
-        """Each group's learning rate at a step, or at the last one that was taken."""
+        """Return each group's learning rate at a step, or at the last step that was taken."""
         share = schedule(self.config, max(self.step_taken, 0) if step is None else step, self.total_steps)
         rates = {group["name"]: group["peak"] * share for group in self.adamw.param_groups}
         if self.muon is not None:
@@ -121,7 +121,7 @@ class Optimizer:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies on the CPU of every moment, whole, by its parameter's name.
+        """Copy every moment to the CPU, gathered from all ranks, by its parameter's name.
 
         Of a sharded model all ranks must call this together.
         """
@@ -143,7 +143,7 @@ class Optimizer:
         for name, moments in state["adamw"].items():
             parameter = self.parameters[name]
             self.adamw.state[parameter] = {
-                # Fused kernels want the step count beside the weights.
+                # Fused kernels need the step count on the device of the weights.
                 key: value.to(parameter.device, copy=True) if key == "step" else _placed(value, parameter)
                 for key, value in moments.items()
             }
@@ -158,7 +158,7 @@ def build_optimizer(model: GPT, config: OptimizerConfig, total_steps: int) -> Op
 
 @dataclass
 class ShapeGroup:
-    """All matrices of one shape, so that one batched product serves them all."""
+    """All matrices of one shape, which are multiplied as one batch."""
 
     names: list[str] = field(default_factory=list)  # parameter and section, such as `blocks.0.attention.qkv.weight/1`
     sources: list[tuple[nn.Parameter, slice]] = field(default_factory=list)
@@ -166,7 +166,7 @@ class ShapeGroup:
 
 
 class Muon:
-    """Momentum, orthogonalised, as the update of each matrix; a fused weight's sections are matrices of their own."""
+    """Updates each matrix by its momentum, orthogonalised; each section of a fused weight is a matrix of its own."""
 
     def __init__(self, matrices: Mapping[str, tuple[nn.Parameter, tuple[int, ...]]]) -> None:
         self.groups: dict[tuple[int, int], ShapeGroup] = {}
@@ -190,7 +190,7 @@ class Muon:
         for (rows, columns), group, updates, gathering in pending:
             if gathering is not None:
                 gathering.wait()
-            # An orthogonal matrix that is taller than wide moves its outputs less: make up for it.
+            # An orthogonal matrix that is taller than wide moves each of its outputs less; this makes up for it.
             rate = learning_rate * max(1.0, rows / columns) ** 0.5
             _apply(group.sources, updates[: len(group.sources)], rate, 1 - learning_rate * weight_decay)
 
@@ -221,7 +221,7 @@ def _stack_gradients(sources: Iterable[tuple[nn.Parameter, slice]]) -> Tensor:
 
 
 def _orthogonalise_shared(directions: Tensor) -> tuple[Tensor, "dist.Work | None"]:
-    """Orthogonalise [n, rows, columns]; with several ranks each does its part, and all gather the parts."""
+    """Orthogonalise [n, rows, columns]; each rank does a part of the n, and all gather the parts."""
     world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if world_size == 1:
         return orthogonalise_on(directions), None
@@ -232,9 +232,9 @@ def _orthogonalise_shared(directions: Tensor) -> tuple[Tensor, "dist.Work | None
     if len(mine):
         part[: len(mine)] = orthogonalise_on(mine)
     gathered = part.new_empty((share * world_size, *part.shape[1:]))
-    # torch before 2.13 knows it by a name that is deprecated since.
+    # Before torch 2.13 the function had another name, which is deprecated now.
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    # While the parts travel, the next shape's are computed.
+    # The parts travel while those of the next shape are computed.
     return gathered, all_gather(gathered, part, async_op=True)
 
 
@@ -250,7 +250,7 @@ POLAR_EXPRESS = (
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Bring all singular values of each matrix of [n, rows, columns] near 1, by products alone."""
+    """Bring all singular values of each matrix of [n, rows, columns] near 1, with matrix products only."""
     x = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)  # the largest singular value is below 1
     for a, b, c in POLAR_EXPRESS:
@@ -264,19 +264,19 @@ def _orthogonalisation_dtype(device: torch.device) -> torch.dtype:
 
 
 def orthogonalise_on(matrices: Tensor) -> Tensor:
-    """Orthogonalise in the device's fastest sufficient precision, compiled where that pays."""
+    """Orthogonalise in the fastest precision that suffices on the device, compiled where that is faster."""
     function = compiled_orthogonalise() if matrices.is_cuda else orthogonalise
     return function(matrices.to(_orthogonalisation_dtype(matrices.device)))
 
 
 @cache
 def compiled_orthogonalise() -> Any:
-    """One compiled function per process; it specialises on each shape once."""
+    """Return the compiled function; a process has one, which compiles itself once for each shape."""
     return torch.compile(orthogonalise, dynamic=False)
 
 
 def _apply(sources: list[tuple[nn.Parameter, slice]], updates: Tensor, learning_rate: float, keep: float) -> None:
-    """weight = keep x weight - learning_rate x update, over every rank's own part of the weights."""
+    """Set weight = keep x weight - learning_rate x update, on each rank for its own part of the weights."""
     if isinstance(sources[0][0].data, DTensor):
         targets, steps = _local_parts(sources, updates)
     else:
@@ -290,7 +290,7 @@ def _apply(sources: list[tuple[nn.Parameter, slice]], updates: Tensor, learning_
 
 
 def _local_parts(sources: list[tuple[nn.Parameter, slice]], updates: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """FSDP2 shards by rows: the rows of each update that lie on this rank, beside the weights they belong to."""
+    """Return this rank's rows of each update, beside its rows of the weights: FSDP2 shards by rows."""
     targets, steps = [], []
     for (parameter, rows), update in zip(sources, updates, strict=True):
         local, first = _local_rows(parameter.data)
@@ -302,7 +302,7 @@ def _local_parts(sources: list[tuple[nn.Parameter, slice]], updates: Tensor) -> 
 
 
 def _local_rows(weight: Tensor) -> tuple[Tensor, int]:
-    """This rank's rows of a weight sharded by rows, and the number of its first one."""
+    """Return this rank's rows of a sharded weight, and the number of the first of them."""
     assert isinstance(weight, DTensor)
     local = weight.to_local()
     share = math.ceil(weight.shape[0] / weight.device_mesh.size())  # FSDP2 splits as torch.chunk does
@@ -310,7 +310,7 @@ def _local_rows(weight: Tensor) -> tuple[Tensor, int]:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """Gather what FSDP2 has sharded; a copy or the tensor itself otherwise."""
+    """Gather what FSDP2 has sharded; a whole tensor is returned as it is or copied."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -319,7 +319,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _placed(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    """Put a whole tensor where its parameter is, sharded as it is."""
+    """Move a whole tensor to its parameter's device, sharded as the parameter is."""
     value = value.to(parameter.device, copy=True)
     if isinstance(parameter.data, DTensor):
         return distribute_tensor(value, parameter.data.device_mesh, parameter.data.placements)

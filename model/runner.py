@@ -1,9 +1,9 @@
-"""What runs the model for the engine: tokens of many slots in, logits out, and the memory their keys and values take.
+"""What runs the model for the engine: tokens of many slots in, logits out. It owns the cache of keys and values.
 
-Every runner keeps one promise: what a slot gets does not depend on the other slots, to the last bit. `TorchRunner`
-keeps it by shape. On a GPU a step's single tokens always run as one batch of all slots, whoever is there, and a
-chunk of a prompt runs alone. On a CPU even single tokens run alone, because there a row's last bits depend on its
-place; it is the way for machines without a C++ compiler, elsewhere `KernelRunner` is several times as fast.
+Every runner guarantees that what a slot gets does not depend on the other slots, to the last bit. `TorchRunner` does so
+by always computing the same shapes. On a GPU the newest tokens run as one batch that has a row for every slot, used or
+not, and a chunk of a prompt runs alone. On a CPU every slot runs alone, because torch's last bits depend there on the
+place of a row in its batch. `KernelRunner` (model/cpu) is several times as fast and needs a C++ compiler.
 """
 
 import copy
@@ -29,16 +29,16 @@ class Runner(Protocol):
     num_slots: int
     weights: str
     cache_dtype: torch.dtype
-    max_draft_tokens: int  # so many tokens more than one may a text run at once
+    max_draft_tokens: int  # that a text may run in one step, beside its newest token
 
     def run(self, work: list[Work]) -> Tensor:
-        """Run the work and return its wanted logits [rows, V], in order, in float32."""
+        """Run the work and return the logits [rows, V] that it wants, in order, in float32."""
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
-        """Make the first tokens of one slot those of another too."""
+        """Copy the keys and values of the first tokens of one slot to another."""
 
     def clear(self, slot: int) -> None:
-        """Forget what a slot holds, after a failure: masked or not, a NaN spreads."""
+        """Zero what a slot holds, after a failure: a NaN spreads even where it is masked."""
 
     def enter_thread(self) -> None:
         """Prepare the thread that will call `run` from now on, and nothing else beside the engine."""
@@ -70,7 +70,7 @@ class Int8Linear(nn.Module):
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return weights [outputs, inputs] as int8, and the scale of each output: symmetric, nothing clipped."""
+    """Return weights [outputs, inputs] as int8 and the scale of each output: symmetric around 0, without clipping."""
     scale = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127
     return (weight.float() / scale[:, None]).round().to(torch.int8), scale
 
@@ -85,7 +85,7 @@ def compute_dtype(model: GPT, weights: str) -> torch.dtype:
 
 
 def with_weights(model: GPT, weights: str) -> GPT:
-    """Return the model with its weights so stored; the given one is left as it is."""
+    """Return a model with its weights stored in that precision; the given model does not change."""
     dtype = compute_dtype(model, weights)
     if weights != "int8" and model.embedding.weight.dtype == dtype:
         return model
@@ -100,7 +100,7 @@ def with_weights(model: GPT, weights: str) -> GPT:
 
 
 class TorchRunner:
-    """Runs `GPT` itself, on its own device; on CUDA the steps of single tokens replay as one graph."""
+    """Runs `GPT` on the device where its weights are; on CUDA the batch of newest tokens is a recorded graph."""
 
     def __init__(self, model: GPT, num_slots: int, weights: str, max_draft_tokens: int, use_graph: bool) -> None:
         self.model = with_weights(model, weights).eval()
@@ -108,7 +108,7 @@ class TorchRunner:
         self.num_slots = num_slots
         self.device = model.embedding.weight.device
         self.batches_slots = self.device.type == "cuda"
-        # Every step computes the width for every slot, drafts or not, which a GPU hardly notices.
+        # The batch has this many tokens for every slot, drafts or not; on a GPU they take hardly more time than one.
         self.max_draft_tokens = max_draft_tokens if self.batches_slots else 0
         self.width = 1 + self.max_draft_tokens
         self.cache: KVCache = self.model.new_cache(num_slots)
@@ -159,11 +159,11 @@ class TorchRunner:
         return self.model.logits(hidden[0, len(item.tokens) - item.num_logits :])
 
     def _run_slots(self, work: list[Work]) -> dict[int, Tensor]:
-        """Run a few tokens of some slots, in the batch [slots, width] that has a place for every slot."""
+        """Run a few tokens of some slots in the batch [slots, width], which has a row for every slot."""
         capacity = self.cache.capacity
         tokens = torch.zeros(self.num_slots, self.width, dtype=torch.long)
-        # Idle places write where nothing is read before it is overwritten: behind the end of their slot. The last
-        # position never holds a token's keys, because nothing follows a text that fills the context.
+        # Places without a token write to the last position of their slot. Nobody reads it: a text that fills the
+        # context ends with the token there, whose keys are not needed any more.
         positions = torch.full((self.num_slots, self.width), capacity - 1, dtype=torch.long)
         for item in work:
             tokens[item.slot, : len(item.tokens)] = torch.tensor(item.tokens)
@@ -184,7 +184,7 @@ class TorchRunner:
 
     @torch.inference_mode()
     def _capture(self) -> None:
-        """Record the batch of all slots as a CUDA graph: one launch instead of some hundred."""
+        """Record the batch of all slots as a CUDA graph, which one launch starts instead of some hundred."""
         shape = (self.num_slots, self.width)
         self._tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
         self._positions = torch.full(shape, self.cache.capacity - 1, dtype=torch.long, device=self.device)

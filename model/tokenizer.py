@@ -164,13 +164,16 @@ class Tokenizer:
         """Return the text of some ids; bytes that are no character become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def save(self, folder: Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, as `transformers` knows them."""
+    def save(self, folder: Path, max_length: int | None = None) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, as `transformers` knows them.
+
+        `max_length` is the context of the model beside it, over which `transformers` warns.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in self.files().items():
+        for name, content in self.files(max_length).items():
             (folder / name).write_text(content, encoding="utf-8")
 
-    def files(self) -> dict[str, str]:
+    def files(self, max_length: int | None = None) -> dict[str, str]:
         """Return what `save` writes: file name -> content."""
         written = _written_bytes()
         spelled = ["".join(written[byte] for byte in token) for token in self.token_bytes]
@@ -206,7 +209,7 @@ class Tokenizer:
             "eos_token": END_OF_TEXT,
             "bos_token": END_OF_TEXT,
             "clean_up_tokenization_spaces": False,
-            "model_max_length": 10**30,
+            "model_max_length": max_length or 10**30,  # which `transformers` writes where there is no limit
         }
         return {
             "tokenizer.json": json.dumps(tokenizer, ensure_ascii=False, indent=1) + "\n",

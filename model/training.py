@@ -1,8 +1,8 @@
-"""One optimizer step, on one device or many: accumulation, mixed precision, gradient averaging, no waiting.
+"""One optimizer step, on one device or many: accumulation, mixed precision, and gradients averaged over the ranks.
 
 module = parallelize(model, strategy="ddp", compile=True)       # before build_optimizer
 measures = train_step(module, optimizer, micro_batches, step=step, global_tokens=262_144)
-loss, gradient_norm = measures.read()   # waits for that step: read it when the next one is under way
+loss, gradient_norm = measures.read()   # waits for that step, so read it after the next one was started
 """
 
 import ctypes
@@ -30,8 +30,8 @@ STRATEGIES = ("none", "ddp", "fsdp")
 # A CPU without such units (AVX-512 BF16 or AMX) emulates bfloat16, ten times slower than float32.
 HAS_BFLOAT16_UNITS = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
-# DDP reduces a bucket of gradients as soon as the backward pass has filled it. 25 MB, PyTorch's default, is some
-# four layers of a 50M model: small enough to start early, large enough to use the network's full bandwidth.
+# DDP sends a bucket of gradients as soon as the backward pass has filled it. 25 MB, PyTorch's default, holds about
+# four layers of a 50M model: it is full early, and large enough to use the network's whole bandwidth.
 BUCKET_MEGABYTES = 25
 MAX_SHARES = 4  # of a micro-batch on a CPU: each share holds gradients of all weights
 ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}  # the environment in which a process that trains on a CPU should start
@@ -44,7 +44,7 @@ class MicroBatch(Protocol):
 
 
 class StepMeasures:
-    """What one step measured, on its way to the host."""
+    """The loss and gradient norm of one step, which are being copied from the device."""
 
     def __init__(self, loss: Tensor, gradient_norm: Tensor, skipped: bool = False) -> None:
         self.skipped = skipped  # there was no loss, or none that is finite, and the weights were left alone
@@ -54,9 +54,9 @@ class StepMeasures:
             self._arrival.record()
 
     def read(self) -> tuple[float, float]:
-        """The mean nats per token of the global batch, and the gradient's length before clipping.
+        """Return the mean nats per token of the global batch, and the gradient's length before clipping.
 
-        Waits for this step alone: `.item()` would wait for every step that was queued after it too.
+        Waits for this step only; `.item()` would wait for the steps that were queued after it too.
         """
         if self._arrival is not None:
             self._arrival.synchronize()
@@ -65,7 +65,7 @@ class StepMeasures:
 
 
 class LossModule(nn.Module):
-    """The model as DDP and FSDP2 want it: one forward, from a batch to its loss."""
+    """A module whose forward pass returns the loss of a batch, as DDP and FSDP2 need it."""
 
     def __init__(self, model: GPT) -> None:
         super().__init__()
@@ -76,16 +76,19 @@ class LossModule(nn.Module):
 
 
 def count_shares(threads: int, sequences: int, dropout: float = 0.0) -> int:
-    """Into how many parts a CPU's threads divide a micro-batch; one where dropout draws from the one generator."""
+    """Return into how many parts a CPU's threads divide a micro-batch.
+
+    One where there is dropout: it draws from one generator, and threads would draw from it in any order.
+    """
     return 1 if dropout else min(threads, sequences, MAX_SHARES)
 
 
 class SharedLoss(LossModule):
-    """The loss on a CPU whose cores share out the sequences instead of every matrix product.
+    """The loss on a CPU, where each thread computes some of the sequences.
 
-    Two threads that each multiply for their own sequences lose no time in waiting for each other after every product:
-    1 to 8 % of the step on two quiet cores, more on busy ones. Each has gradients of its own, added in order: the same
-    bits every time.
+    If all threads share every matrix product instead, they wait for each other after each one, which costs 1 to 8 % of
+    the step on two quiet cores and more on busy ones. Each thread has its own gradients; they are added in a fixed
+    order, so a step gives the same bits every time.
     """
 
     def __init__(self, model: GPT, threads: int) -> None:
@@ -95,19 +98,20 @@ class SharedLoss(LossModule):
         self._compiled: set[tuple[torch.Size, bool]] = set()  # batches for which there is code
 
     def add_gradients(self, batch: MicroBatch, scale: float, precision: torch.dtype) -> Tensor:
-        """Add the gradients of `scale` times the nats of a micro-batch to the weights'; returns the nats."""
+        """Add the gradients of `scale` x nats of a micro-batch to those of the weights; return the nats."""
         shares = count_shares(self.threads, len(batch.tokens))
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
 
         def learn(tokens: Tensor, targets: Tensor, document_ids: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-            torch.set_num_threads(self.threads // shares)  # a setting of each thread, and of MKL as a whole
+            # Sets this thread's number, MKL's for the process, and that with which later threads begin.
+            torch.set_num_threads(self.threads // shares)
             with autocast(tokens.device, precision):
                 nats = self(tokens, targets, document_ids)
             return nats.detach(), torch.autograd.grad(nats * scale, weights)
 
         documents = (None,) * shares if batch.document_ids is None else batch.document_ids.chunk(shares)
         kind = batch.tokens.shape, batch.document_ids is None
-        # The first batch of a shape compiles code, which torch cannot do in one thread while another runs some.
+        # The first batch of a shape compiles code. Torch cannot compile in one thread while another runs such code.
         share_out = self._pool.map if kind in self._compiled else map
         try:
             done = list(share_out(learn, batch.tokens.chunk(shares), batch.targets.chunk(shares), documents))
@@ -132,7 +136,7 @@ def parallelize(
 
     The model itself keeps its parameters and their names, so the optimizer and checkpoints use it directly; under
     FSDP2 they are sharded in place, which is why the optimizer is built afterwards. With `recompute` each block keeps
-    its input alone for the backward pass (activation checkpointing, arXiv:1604.06174).
+    only its input for the backward pass, which computes the rest again (activation checkpointing, arXiv:1604.06174).
     """
     assert strategy in STRATEGIES, strategy
     blocks = [block for block in model.blocks if isinstance(block, Block)]
@@ -176,14 +180,15 @@ def parallelize(
         fully_shard(module, mesh=mesh, mp_policy=policy)
         return module
     if strategy == "ddp":
-        # The rotary table is computed alike everywhere. (The setting's older name is that of torch before 2.13.)
+        # The only buffer is the rotary table, which each rank computes.
+        # Before torch 2.13 the setting had another name.
         names = signature(DistributedDataParallel).parameters
         unsent: Any = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
         return DistributedDataParallel(
             module,
             device_ids=[device] if device.type == "cuda" else None,
             bucket_cap_mb=BUCKET_MEGABYTES,
-            gradient_as_bucket_view=True,  # gradients live in the buckets: one copy less of them
+            gradient_as_bucket_view=True,  # gradients are stored in the buckets, which saves a copy of them
             **unsent,
         )
     return module
@@ -208,7 +213,7 @@ def train_step(
     device = next(module.parameters()).device
     world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     sharded = isinstance(module, (DistributedDataParallel, FSDPModule))
-    # DDP and FSDP2 average over ranks where we want a sum.
+    # DDP and FSDP2 average over the ranks, and the loss needs the sum.
     loss = torch.zeros((), device=device)
     if not global_tokens:  # every rank knows, so none waits for another
         return StepMeasures(loss, loss.clone(), skipped=True)
@@ -230,7 +235,7 @@ def train_step(
     if sharded and world_size > 1:
         dist.all_reduce(loss)
     norm = gradient_norm(optimizer.parameters.values())
-    if skip_bad_loss and not bool(torch.isfinite(loss + norm)):  # waits for the device: the price of this policy
+    if skip_bad_loss and not bool(torch.isfinite(loss + norm)):  # this waits for the device
         optimizer.zero_grad()
         return StepMeasures(loss, norm, skipped=True)
     if optimizer.config.clip_norm:
@@ -256,13 +261,12 @@ def autocast(device: torch.device | str, precision: torch.dtype) -> AbstractCont
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep freed memory for the next step instead of giving it back to the system.
+    """Let the C library keep freed memory for the next step instead of returning it to the system.
 
-    Every step allocates the same gigabytes anew: asked from the system each time, every page of them is cleared
-    again, which cost a 53M model 6 % of its step. All threads take it from one heap, because the others give back what
-    is free at their end whatever one says: another 4 %, and 0.5 of 3.1 GB. In a process that has more heaps already,
-    as Ray's workers have, that comes too late; `ONE_HEAP` is for those. Only glibc has these switches; elsewhere
-    nothing changes.
+    Every step allocates the same gigabytes. If they come from the system each time, it clears every page first, which
+    took 6 % of the step of a 53M model. All threads share one heap, because glibc always returns the free end of the
+    other heaps: another 4 %, and 0.5 of 3.1 GB. A process that has several heaps already, as Ray's workers do, has to
+    be started with `ONE_HEAP`. Only glibc has these switches; with another C library nothing changes.
     """
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_TRIM_THRESHOLD, M_MMAP_MAX and M_ARENA_MAX of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -277,7 +281,7 @@ def choose_precision(name: str, device: torch.device | str) -> torch.dtype:
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if torch.device(device).type == "cuda":
-        # Not before Ampere: older GPUs emulate it.
+        # GPUs before Ampere (8.0) emulate bfloat16.
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
     return torch.bfloat16 if HAS_BFLOAT16_UNITS else torch.float32
 

@@ -1,14 +1,14 @@
-// The forward pass of GPT for serving on a CPU: rows of tokens in, logits out. Both families; weights in float32,
-// bfloat16 or int8, activations in float32, everything read from memory once per step.
+// The forward pass of GPT for serving on a CPU: rows of tokens in, logits out. It computes both families, with weights
+// in float32, bfloat16 or int8 and activations in float32, and reads every weight from memory once per step.
 //
-// A row is one token of one slot at one position. Each row is computed on its own, in an order of additions that
-// nothing else changes, so a token gets the same bits alone, in a full batch, in a prompt's chunk, or as a draft.
+// A row is one token of one slot at one position. Each row is computed on its own, and the other rows do not change the
+// order of its additions, so a token gets the same bits alone, in a full batch, in a prompt's chunk, or as a draft.
 //
-// Every product, attention's two included, is one routine: `multiply`. Its matrices lie in panels: [panel][input]
+// `multiply` computes every product, also the two of attention. Its matrices are stored in panels, [panel][input]
 // [PANEL outputs], so that memory is read in order and a vector register holds neighbouring outputs.
 //
-// GCC's and Clang's vector types compile to AVX2, AVX-512 or NEON, whatever the machine has. Where it has matrix units
-// (AMX), bfloat16 weights go through `multiply_split` instead, which takes an activation as two bfloat16 numbers.
+// GCC and Clang compile their vector types to AVX2, AVX-512 or NEON, whichever the machine has. Where it has matrix
+// units (AMX), `multiply_split` multiplies bfloat16 weights, and takes each activation as a sum of two bfloat16 numbers.
 
 #include <algorithm>
 #include <atomic>
@@ -131,7 +131,7 @@ template <class T> T read(const void* at) {
     return value;
 }
 
-// PANEL neighbours become two vectors; `write_panel` puts two such vectors back in order.
+// Read PANEL neighbours into two vectors; `write_panel` writes two such vectors in their order.
 inline void read_panel(const float* at, Floats& first, Floats& second) {
     first = read<Floats>(at);
     second = read<Floats>(at + LANES);
@@ -178,8 +178,8 @@ inline float load(const uint16_t* at) {
 // -- The product ------------------------------------------------------------------------------------------------------
 
 // out[row][output] = sum over inputs of x[row][input] * panels[input][output], inputs in order, for ROWS rows and
-// PANELS panels: few enough sums to stay in registers, enough of them to hide the latency of an addition. What lies
-// `ahead` of a weight is on its way from memory meanwhile.
+// PANELS panels. These are so few that the sums stay in registers, and so many that they hide the latency of an
+// addition. The weights that lie `ahead` are fetched from memory meanwhile.
 template <int ROWS, int PANELS, class T>
 void multiply_tile(const T* panels, long panel_stride, int inputs, const float* x, long x_stride, float* out,
                    long out_stride, long ahead) {
@@ -210,7 +210,7 @@ void multiply_rows(int rows, const T* panels, long panel_stride, int inputs, con
         multiply_rows<ROWS - 1, PANELS>(rows, panels, panel_stride, inputs, x, x_stride, out, out_stride, ahead);
 }
 
-// The same for any number of rows and panels: tiles of about equal height, wide where they are low.
+// The same for any number of rows and panels, in tiles of about equal height; low tiles are two panels wide.
 template <class T>
 void multiply(int rows, int num_panels, const T* panels, long panel_stride, int inputs, const float* x, long x_stride,
               float* out, long out_stride, long ahead) {
@@ -235,7 +235,7 @@ void multiply(int rows, int num_panels, const T* panels, long panel_stride, int 
 
 constexpr int TILE_ROWS = 16;
 
-// A row as two lines whose sum it is, each of bfloat16: 16 bits of a float32's 24, where weights have 8.
+// Split a row into two lines of bfloat16 whose sum it is to 16 bits; a float32 has 24, and the weights have 8.
 inline void split(const float* x, int n, int padded, uint16_t* upper, uint16_t* lower) {
     for (int i = 0; i < padded; i += LANES) {
         Floats values = {};

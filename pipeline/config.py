@@ -88,7 +88,7 @@ class PrepareConfig:
     min_characters: int = setting(0, "drop documents with fewer characters")
     max_characters: int = setting(0, "drop documents with more characters; 0 keeps all")
     quality_filter: bool = setting(
-        False, "drop what does not read like English prose (the rule is in corpus/cleaning.py)"
+        False, "drop what does not read like English prose (the rule is in pipeline/corpus/cleaning.py)"
     )
     drop_exact_duplicates: bool = setting(False, "keep only the first of documents with the same text")
     drop_near_duplicates: bool = setting(False, "keep only the first of documents that are nearly the same (MinHash)")

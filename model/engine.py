@@ -41,7 +41,6 @@ class EngineSettings:
     cache_bytes: int = 2**30  # the cache never takes more; fewer slots if they would not fit
     prefill_chunk_tokens: int = 256  # prompt tokens that one step runs at most, beside the texts being generated
     max_queue: int = 256  # requests waiting at most
-    max_lookup_tokens: int = 8  # the most that a request's prompt_lookup_tokens may be
     weights: str = "auto"  # auto (bfloat16 where it is fast), as_is, float32, bfloat16 or int8
     backend: str = "auto"  # auto, torch, or kernel (the C++ forward pass; CPU only)
     threads: int = 0  # of the kernel; 0: the cores that may be used
@@ -49,8 +48,7 @@ class EngineSettings:
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "cache_bytes", "prefill_chunk_tokens", "max_queue"):
             require(getattr(self, name) > 0, f"The engine's {name} must be positive.")
-        for name in ("max_lookup_tokens", "threads"):
-            require(getattr(self, name) >= 0, f"The engine's {name} cannot be negative.")
+        require(self.threads >= 0, "The engine's threads cannot be negative.")
         require(
             self.weights in WEIGHTS, f"The engine's weights are {self.weights!r}; they can be {', '.join(WEIGHTS)}."
         )
@@ -299,7 +297,5 @@ def build_runner(model: GPT, settings: EngineSettings) -> Runner:
         f"the engine's cache_bytes allow {settings.cache_bytes}.",
     )
     if kernel is not None:
-        return KernelRunner(
-            kernel, model, num_slots, weights, settings.max_lookup_tokens, settings.threads or count_cores()
-        )
-    return TorchRunner(model, num_slots, weights, settings.max_lookup_tokens, use_graph=settings.backend != "torch")
+        return KernelRunner(kernel, model, num_slots, weights, settings.threads or count_cores())
+    return TorchRunner(model, num_slots, weights, use_graph=settings.backend != "torch")

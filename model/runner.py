@@ -22,6 +22,9 @@ from model.sequence import Work
 # While one engine serves, the next version's engine records its graph on the same GPU. Steps and recordings take turns:
 # what another thread starts during a recording would be lost to it, or end it.
 DEVICE_TURN = threading.Lock()
+# On a GPU every step computes this many places more for every slot, with drafts in them or not: hardly more time than
+# one, where a longer draft would cost those who ask for none.
+GPU_DRAFT_TOKENS = 8
 WEIGHTS = ("auto", "as_is", "float32", "bfloat16", "int8")
 
 
@@ -29,7 +32,7 @@ class Runner(Protocol):
     num_slots: int
     weights: str
     cache_dtype: torch.dtype
-    max_draft_tokens: int  # that a text may run in one step, beside its newest token
+    max_draft_tokens: int  # that one step can verify for a text; of longer drafts the next steps verify the rest
 
     def run(self, work: list[Work]) -> Tensor:
         """Run the work and return the logits [rows, V] that it wants, in order, in float32."""
@@ -102,13 +105,14 @@ def with_weights(model: GPT, weights: str) -> GPT:
 class TorchRunner:
     """Runs `GPT` on the device where its weights are; on CUDA the batch of newest tokens is a recorded graph."""
 
-    def __init__(self, model: GPT, num_slots: int, weights: str, max_draft_tokens: int, use_graph: bool) -> None:
+    def __init__(
+        self, model: GPT, num_slots: int, weights: str, use_graph: bool, max_draft_tokens: int = GPU_DRAFT_TOKENS
+    ) -> None:
         self.model = with_weights(model, weights).eval()
         self.weights = weights
         self.num_slots = num_slots
         self.device = model.embedding.weight.device
         self.batches_slots = self.device.type == "cuda"
-        # The batch has this many tokens for every slot, drafts or not; on a GPU they take hardly more time than one.
         self.max_draft_tokens = max_draft_tokens if self.batches_slots else 0
         self.width = 1 + self.max_draft_tokens
         self.cache: KVCache = self.model.new_cache(num_slots)

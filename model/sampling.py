@@ -45,7 +45,7 @@ class SamplingSettings:
     n: int = 1  # answers
     best_of: int = 1  # candidates, of which the n likeliest per token are answered; 1 means n
     num_beams: int = 1  # above 1: beam search, deterministic
-    prompt_lookup_tokens: int = 0  # guess up to this many tokens from the context and verify them in one pass
+    prompt_lookup_tokens: int = 0  # guess up to this many tokens from the context; a pass verifies several at once
 
     def __post_init__(self) -> None:
         require(self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; it must be at least 1.")

@@ -213,10 +213,10 @@ def train_step(
     device = next(module.parameters()).device
     world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     sharded = isinstance(module, (DistributedDataParallel, FSDPModule))
-    # DDP and FSDP2 average over the ranks, and the loss needs the sum.
     loss = torch.zeros((), device=device)
     if not global_tokens:  # every rank knows, so none waits for another
         return StepMeasures(loss, loss.clone(), skipped=True)
+    # DDP and FSDP2 average over the ranks, and the loss needs the sum.
     scale = (world_size if sharded else 1) / global_tokens
     optimizer.zero_grad()
     for batch, is_last in _mark_last(micro_batches):

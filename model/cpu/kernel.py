@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from model.gpt import GPT, GeluMLP
 from model.runner import quantize
+from model.sampling import MAX_LOOKUP_TOKENS
 from model.sequence import Work
 
 log = logging.getLogger(__name__)
@@ -179,7 +180,13 @@ class KernelRunner:
     """
 
     def __init__(
-        self, kernel: ctypes.CDLL, model: GPT, num_slots: int, weights: str, max_draft_tokens: int, threads: int
+        self,
+        kernel: ctypes.CDLL,
+        model: GPT,
+        num_slots: int,
+        weights: str,
+        threads: int,
+        max_draft_tokens: int = MAX_LOOKUP_TOKENS,
     ) -> None:
         config = model.config
         self.threads = threads

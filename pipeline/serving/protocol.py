@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
-from model.sampling import SamplingSettings
+from model.sampling import MAX_LOOKUP_TOKENS, SamplingSettings
 from pipeline.serving.errors import ApiError
 
 MAX_PROMPTS = 128
@@ -136,7 +136,9 @@ class CompletionRequest(Strict):
     repetition_penalty: Number | None = Field(None, gt=0, le=10)
     stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
     num_beams: int | None = Field(None, ge=1, le=16, description="beam search, where it is over 1")
-    prompt_lookup_tokens: int | None = Field(None, ge=0, le=32, description="speculate this far by prompt lookup")
+    prompt_lookup_tokens: int | None = Field(
+        None, ge=0, le=MAX_LOOKUP_TOKENS, description="speculate this far by prompt lookup"
+    )
     truncate_prompt_tokens: int | None = Field(
         None, ge=-1, lt=TOKEN_LIMIT, description="keep only the last so many prompt tokens; -1: as many as fit"
     )

@@ -20,6 +20,7 @@ from model.beams import Beams
 from model.cores import count_cores
 from model.engine import Engine, EngineSettings, GenerationRequest, QueueFull, SamplingSettings
 from model.gpt import GPT
+from model.sampling import MAX_LOOKUP_TOKENS
 from model.sequence import Sequence, Work
 from tests.model.tiny_engine import (
     CONTEXT,
@@ -439,6 +440,17 @@ def test_prompt_lookup_changes_the_speed_and_not_the_answer(temperature: float, 
     assert answer(guessing, request("a", prompt_lookup_tokens=6, **settings)) == plain
     assert guessing.stats()["accepted_tokens"] > 10
     assert guessing.stats()["steps"] < 30
+
+
+@needs_compiler
+def test_as_many_tokens_are_guessed_as_a_request_may_ask_for() -> None:
+    follows = list(range(100, 100 + MAX_LOOKUP_TOKENS))  # what once followed a token that comes again
+    most = SamplingSettings(max_tokens=32, prompt_lookup_tokens=MAX_LOOKUP_TOKENS, logit_bias={99: 100.0})
+    busy = engine()
+    busy.add(GenerationRequest("a", [99, *follows[: CONTEXT - 34]], most))
+    busy.step()  # reads the prompt and chooses 99
+    busy.step()
+    assert busy.stats()["drafted_tokens"] == CONTEXT - 34
 
 
 @pytest.mark.parametrize("beams", [2, 4])

@@ -234,11 +234,11 @@ def test_rotary_tables_stay_float32(weights: str) -> None:
 def test_torch_runs_lighter_weights_and_leaves_the_model_as_it_was(weights: str) -> None:
     model, tokens = random_model("modern odd"), random_tokens()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    runner = TorchRunner(model, 1, weights, 0, use_graph=False)
+    runner = TorchRunner(model, 1, weights, use_graph=False)
     logits = runner.run([Work(0, 0, tokens, len(tokens))])
     assert (logits - expected_logits(model, tokens)).abs().max() < 2 * TOLERANCE[weights]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert runner.weight_bytes() < TorchRunner(model, 1, "float32", 0, use_graph=False).weight_bytes() * 0.6
+    assert runner.weight_bytes() < TorchRunner(model, 1, "float32", use_graph=False).weight_bytes() * 0.6
     assert with_weights(model, "float32") is model
 
 

@@ -29,7 +29,7 @@ lint: environment
 
 # PRESET is a name (demo) or a path; SET holds more settings: make submit PRESET=demo SET="storage=s3://gpt/artifacts"
 submit: environment
-	$(BIN)/python -m jobs.submit $(if $(wildcard $(PRESET)),$(PRESET),jobs/presets/$(PRESET).yaml) $(SET) $(if $(JOB),--job $(JOB))
+	$(BIN)/python -m jobs.submit $(PRESET) $(SET) $(if $(JOB),--job $(JOB))
 
 cluster: environment
 	$(BIN)/python -m jobs.cluster up

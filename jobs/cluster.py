@@ -12,7 +12,6 @@
 """
 
 import argparse
-import contextlib
 import json
 import os
 import secrets
@@ -25,7 +24,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,12 +32,22 @@ from typing import Any
 import psutil
 
 from jobs.command import ENVIRONMENT
+from jobs.processes import end_processes, processes_below
 from pipeline.addresses import answers, go_direct, open_own
 
 FOLDER = Path("artifacts/cluster")
 BUCKET = "gpt"
 NODE_ATTEMPTS = 4
-AGENT_PORT = 52365  # Ray's default; each node has it on an address of its own
+# `ray start`'s options for what it would else put on a fixed port, also on 127.0.0.1, where another Ray may be.
+HEAD_PORTS = {"gcs": "port", "client": "ray-client-server-port", "dashboard": "dashboard-port"}
+NODE_PORTS = {
+    "agent": "dashboard-agent-listen-port",
+    "agent-grpc": "dashboard-agent-grpc-port",
+    "runtime-env": "runtime-env-agent-port",
+    "metrics": "metrics-export-port",
+    "raylet": "node-manager-port",
+    "objects": "object-manager-port",
+}
 START_SECONDS = 300  # ten times what a quiet machine takes
 # Room for shuffles and weights of a demo; what does not fit spills to disk.
 OBJECT_STORE_BYTES = 400_000_000
@@ -92,6 +101,7 @@ class Cluster:
         # Jobs say `python`, and mean the one that this cluster runs on.
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
         host, ports = state.address("head"), state.ports
+        environment["DASHBOARD_METRIC_PORT"] = str(ports["dashboard-metrics"])  # it has no option
 
         self.start(state, "s3", [sys.executable, "-m", "moto.server", "-H", host, "-p", str(ports["s3"])], environment)
         database = self.start_postgresql(state, environment)
@@ -117,9 +127,10 @@ class Cluster:
         for node in state.nodes:
             arguments = [f"--node-ip-address={state.address(node)}", f"--temp-dir={scratch / node}"]
             arguments += [f"--node-name={node}"]
+            arguments += [f"--{option}={ports[f'{node} {name}']}" for name, option in NODE_PORTS.items()]
             if node == "head":
-                arguments += ["--head", f"--port={ports['gcs']}", f"--ray-client-server-port={ports['client']}"]
-                arguments += [f"--dashboard-host={host}", f"--dashboard-port={ports['dashboard']}"]
+                arguments += ["--head", f"--dashboard-host={host}"]
+                arguments += [f"--{option}={ports[name]}" for name, option in HEAD_PORTS.items()]
             else:
                 arguments += [f"--address={gcs}"]
             commands[node] = [*ray, *arguments]
@@ -142,8 +153,9 @@ class Cluster:
         """Choose addresses, ports and keys; the files that hold keys can be read by nobody else."""
         self.folder.mkdir(parents=True, exist_ok=True)
         network = f"127.{secrets.randbelow(200) + 20}.{secrets.randbelow(250) + 1}"
-        names = ("s3", "mlflow", "gcs", "client", "dashboard")
-        state = State(tempfile.mkdtemp(prefix="gpt-"), network, _free_ports(names), workers, cpus)
+        state = State(tempfile.mkdtemp(prefix="gpt-"), network, {}, workers, cpus)
+        names = ["s3", "mlflow", "dashboard-metrics", *HEAD_PORTS]
+        state.ports = _free_ports([*names, *(f"{node} {name}" for node in state.nodes for name in NODE_PORTS)])
         os.chmod(state.scratch, 0o711)  # PostgreSQL's user passes through it to its own folder
         keys = {"AWS_ACCESS_KEY_ID": secrets.token_hex(10), "AWS_SECRET_ACCESS_KEY": secrets.token_urlsafe(30)}
         _write_private(self.folder / "token", secrets.token_hex(32))
@@ -195,15 +207,14 @@ class Cluster:
         self.save(state)
 
     def start_node(self, state: State, node: str, command: Sequence[str], environment: dict[str, str]) -> None:
-        """Start a Ray node and wait until the head knows it and its agent answers; the head's agent starts jobs.
+        """Start a Ray node and wait until it is up.
 
         Ray gives a node 30 s to start and then ends it; on a busy machine the second attempt finds it warm.
         """
-        address = state.address(node)
         for attempt in range(1, NODE_ATTEMPTS + 1):
             self.start(state, node, command, environment)
             try:
-                _wait(state, node, lambda: self.is_node_up(state, address), self.log(node))
+                _wait(state, node, lambda: self.is_node_up(state, node), self.log(node))
                 return
             except ChildProcessError:
                 if attempt == NODE_ATTEMPTS:
@@ -248,9 +259,13 @@ class Cluster:
         client = boto3.client("s3", endpoint_url=environment["AWS_ENDPOINT_URL"], region_name="us-east-1", **keys)
         client.create_bucket(Bucket=BUCKET)
 
-    def is_node_up(self, state: State, address: str) -> bool:
-        agent = f"http://{address}:{AGENT_PORT}/api/local_raylet_healthz"
-        return address in self.alive_addresses(state) and answers(agent, "success")
+    def is_node_up(self, state: State, node: str) -> bool:
+        """Whether the head knows the node, and the node's agent answers: the head's agent is who starts jobs."""
+        return state.address(node) in self.alive_addresses(state) and self.agent_answers(state, node)
+
+    def agent_answers(self, state: State, node: str) -> bool:
+        port = state.ports[f"{node} agent"]
+        return answers(f"http://{state.address(node)}:{port}/api/local_raylet_healthz", "success")
 
     def alive_addresses(self, state: State) -> set[str]:
         """The addresses of the nodes that the head believes alive; none while it does not answer."""
@@ -298,7 +313,7 @@ class Cluster:
         if database is not None:
             end_processes([database], signal.SIGINT)
             running["postgresql"] = database
-        for orphan in _processes_below(Path(state.scratch)):
+        for orphan in processes_below(Path(state.scratch)):
             end_processes([orphan], signal.SIGKILL)
         shutil.rmtree(state.scratch, ignore_errors=True)
         for name in ("cluster.json", "token", "keys.json", "environment"):
@@ -327,10 +342,16 @@ class Cluster:
     def save(self, state: State) -> None:
         _write_private(self.folder / "cluster.json", json.dumps(asdict(state), indent=1))
 
+    def condition(self, state: State, name: str) -> str:
+        if state.process(name) is None:
+            return "DEAD: `make cluster` starts it again"
+        if name in state.nodes and not self.agent_answers(state, name):
+            return f"runs, but its agent does not answer and starts no jobs: see {self.log(name)}, then kill it here"
+        return "runs"
+
     def describe(self, state: State) -> str:
         environment = self.environment(state)
-        lines = [f"{name:<12} {'runs' if state.process(name) else 'DEAD: `make cluster` starts it again'}"
-                 for name in state.processes]  # fmt: skip
+        lines = [f"{name:<12} {self.condition(state, name)}" for name in state.processes]
         try:
             shown: Path = self.folder.relative_to(Path.cwd())
         except ValueError:
@@ -345,40 +366,6 @@ class Cluster:
             f"a shell      source {shown / 'environment'}",
         ]
         return "\n".join(lines)
-
-
-def end_processes(processes: Iterable[psutil.Process], how: signal.Signals = signal.SIGTERM) -> None:
-    """Signal these processes; after a grace, kill what is left of them and of all that they had started."""
-    roots = list(processes)
-    family = list(roots)
-    for root in roots:
-        try:
-            family += root.children(recursive=True)
-        except psutil.NoSuchProcess:
-            continue
-    for process in roots if how != signal.SIGKILL else family:
-        _signal(process, how)
-    _, left = psutil.wait_procs(family, timeout=15)
-    for process in left:
-        _signal(process, signal.SIGKILL)
-    psutil.wait_procs(left, timeout=5)
-
-
-def _signal(process: psutil.Process, how: signal.Signals) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process.send_signal(how)
-
-
-def _processes_below(folder: Path) -> list[psutil.Process]:
-    """Find what outlived its parent: processes that work in this cluster's own folder."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if Path(process.cwd()).is_relative_to(folder):
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
 
 
 def _wait(state: State, name: str, ready: Callable[[], bool], log: Path) -> None:

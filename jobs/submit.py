@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.command import Command
+from pipeline.presets import find_preset
 from pipeline.stages import STAGES
 
 if TYPE_CHECKING:
@@ -31,16 +33,14 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD_SECONDS = 60.0
+# How the log of every job begins, before the job itself has said anything.
+RAYS_OWN_LINES = re.compile(r"^(\S+ \S+\tINFO job_manager\.py.*|Running entrypoint for job .*)\n", re.MULTILINE)
 JOBS = ("pipeline", *STAGES, "serve", "generate", "preflight")
 
 
 def run(config: "Config", options: argparse.Namespace) -> int:
-    import ray.job_submission  # noqa: F401 - sets up its own logging, so before ours
-
-    logging.getLogger("ray").setLevel(logging.INFO if options.verbose else logging.ERROR)
-    use_local_cluster(ROOT / "artifacts/cluster/environment")
     address = cluster_address()
-    client = connect(address)
+    client = connect(address, options.verbose)
     if options.follow:
         return follow(client, options.follow, address)
     if options.preset is None and not options.settings:
@@ -79,6 +79,13 @@ def use_local_cluster(environment: Path) -> None:
             os.environ[name] = "".join(shlex.split(value))
 
 
+def use_token() -> None:
+    """Show the cluster the token that the shell names or the home folder holds, unless the shell says otherwise."""
+    kept = Path.home() / ".ray/auth_token"
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or kept.is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
 def cluster_address() -> str:
     address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     if not address:
@@ -93,15 +100,19 @@ def cluster_address() -> str:
     return address
 
 
-def connect(address: str) -> "JobSubmissionClient":
+def connect(address: str, verbose: bool = False) -> "JobSubmissionClient":
     """Open the cluster's job interface; raises `ValueError` with what to do where it does not open."""
+    import ray.dashboard.modules.job.sdk
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     from pipeline import addresses
 
+    # Ray and these two modules of it set levels of their own when they are imported.
+    submitting, asking = ray.dashboard.modules.job.sdk.logger, ray.dashboard.modules.dashboard_sdk.logger
+    for logger in (logging.getLogger("ray"), submitting, asking):
+        logger.setLevel(logging.INFO if verbose else logging.ERROR)
     addresses.go_direct(address)
-
     try:
         return JobSubmissionClient(address)
     except AuthenticationError:
@@ -151,13 +162,16 @@ def submit(client: "JobSubmissionClient", config: "Config", job: str, arguments:
 def follow(client: "JobSubmissionClient", job: str, address: str) -> int:
     """Print the job's log until it ends; returns 0 if it succeeded. Ctrl-C leaves it running."""
     try:
+        client.get_job_status(job)
         asyncio.run(_print_log(client, job))
     except KeyboardInterrupt:
         print(f"\n{job} goes on running.\n{how_to_return(job, address)}", flush=True)
         return 130
     except RuntimeError as error:
         if "does not exist" in str(error):
-            raise ValueError(f"There is no job {job!r} at {address}; `ray job list` names them.") from None
+            raise ValueError(
+                f"There is no job {job!r} at {address}; `ray job list --address {address}` names them."
+            ) from None
         raise
     details = client.get_job_info(job)
     print(f"{job}: {str(details.status).lower()}", flush=True)
@@ -176,7 +190,7 @@ async def _print_log(client: "JobSubmissionClient", job: str) -> None:
                 fresh = text[max(0, printed - position) :]
                 position += len(text)
                 printed = max(printed, position)
-                print(fresh, end="", flush=True)
+                print(RAYS_OWN_LINES.sub("", fresh), end="", flush=True)
         except (RuntimeError, OSError):
             client.get_job_status(job)  # raises, with the reason, if the job or the cluster is not there
         if client.get_job_status(job).is_terminal():
@@ -194,13 +208,16 @@ def how_to_return(job: str, address: str) -> str:
 
 def relative_preset(preset: str) -> str:
     """Name the preset as the cluster will see it: relative to the working tree that is sent."""
-    path = Path(preset).resolve()
+    path = find_preset(preset).resolve()
     if not path.is_relative_to(ROOT):
         raise ValueError(f"The preset {preset!r} lies outside of {ROOT}, which is all that is sent; copy it in there.")
     return path.relative_to(ROOT).as_posix()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    # Ray reads how to authenticate when it is imported, and a job's own defaults would come first.
+    use_local_cluster(ROOT / "artifacts/cluster/environment")
+    use_token()
     command = Command(__doc__, may_be_bare=True)
     add = command.parser.add_argument
     add("--job", choices=JOBS, default="pipeline", help="which job to run [%(default)s]")

@@ -39,6 +39,32 @@ def test_its_files_are_private_and_its_ports_its_own(tmp_path: Path) -> None:
     assert not Path(states[0].scratch).exists()
 
 
+def test_each_node_has_a_port_of_its_own_for_all_that_ray_listens_on(tmp_path: Path) -> None:
+    from ray.scripts.scripts import start
+
+    known = {name.removeprefix("--") for option in start.params for name in option.opts if "port" in name}
+    by_itself = {"min-worker-port", "max-worker-port", "worker-port-list"}  # Ray looks for free ones
+    assert known - by_itself == {*cluster.HEAD_PORTS.values(), *cluster.NODE_PORTS.values()}
+    own = Cluster(tmp_path)
+    ports = own.create(workers=2, cpus=1).ports
+    assert len(set(ports.values())) == len(ports)
+    assert {f"{node} {name}" for node in ("head", "worker-1", "worker-2") for name in cluster.NODE_PORTS} <= set(ports)
+    own.down()
+
+
+def test_a_node_that_runs_and_starts_no_jobs_is_told_from_one_that_does(
+    tmp_path: Path, sleeper: psutil.Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Cluster(tmp_path)
+    state = own.create(workers=1, cpus=1)
+    assert own.condition(state, "head").startswith("DEAD")
+    state.processes["head"] = {"pid": sleeper.pid, "created": sleeper.create_time()}
+    assert own.condition(state, "head").startswith("runs, but its agent does not answer and starts no jobs")
+    monkeypatch.setattr(cluster, "answers", lambda url, words: f":{state.ports['head agent']}/" in url)
+    assert own.condition(state, "head") == "runs"
+    own.down()
+
+
 def test_the_environment_file_is_what_a_shell_reads(tmp_path: Path) -> None:
     own = Cluster(tmp_path)
     state = own.create(workers=1, cpus=1)

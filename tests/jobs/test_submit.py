@@ -72,7 +72,9 @@ def test_a_cluster_that_the_shell_names_goes_first(tmp_path: Path, monkeypatch: 
 
 def test_presets_are_named_as_the_cluster_sees_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT / "jobs")
-    assert submit.relative_preset("presets/demo.yaml") == "jobs/presets/demo.yaml"
+    for preset in ("presets/demo.yaml", "demo"):
+        assert submit.relative_preset(preset) == "jobs/presets/demo.yaml"
+    (tmp_path / "own.yaml").write_text("name: own")
     with pytest.raises(ValueError, match="copy it in there"):
         submit.relative_preset(str(tmp_path / "own.yaml"))
 
@@ -124,4 +126,61 @@ def test_make_submit_takes_a_name_or_a_path() -> None:
     for preset in ("demo", "jobs/presets/demo.yaml"):
         command = ["make", "--dry-run", "submit", f"PRESET={preset}", "SET=storage=s3://gpt/x seed=2", "JOB=prepare"]
         shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        assert "-m jobs.submit jobs/presets/demo.yaml storage=s3://gpt/x seed=2 --job prepare" in shown
+        assert f"-m jobs.submit {preset} storage=s3://gpt/x seed=2 --job prepare" in shown
+
+
+def test_what_ray_says_before_the_job_is_left_out_of_its_log() -> None:
+    log = (
+        "2026-11-27 04:04:55,913\tINFO job_manager.py:581 -- Runtime env is setting up.\n"
+        "Running entrypoint for job novel-1127: python -m jobs.pipeline demo\n"
+        "tokenizer …\nRunning out of words\n"
+    )
+    assert submit.RAYS_OWN_LINES.sub("", log) == "tokenizer …\nRunning out of words\n"
+
+
+TOLD_BY_RAY = """
+import os, sys
+from jobs import submit
+from jobs.command import Command
+
+def show(config, options):
+    assert "ray" not in sys.modules, "it reads how to authenticate when it is imported"
+    import ray
+    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+    print(get_auth_headers_if_auth_enabled({}))
+
+submit.ROOT, submit.run = submit.Path(sys.argv[1]), show
+sys.exit(submit.main(["name=x"]))
+"""
+
+
+@pytest.mark.parametrize("kept", ["cluster", "variable", "home"])
+def test_in_a_bare_shell_the_token_reaches_ray(tmp_path: Path, kept: str) -> None:
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    token = "0123456789abcdef" * 4
+    if kept == "cluster":
+        (tmp_path / "artifacts/cluster").mkdir(parents=True)
+        (tmp_path / "token").write_text(token)
+        lines = "export RAY_API_SERVER_ADDRESS=http://127.0.0.2:5\nexport RAY_AUTH_MODE=token\n"
+        lines += f"export RAY_AUTH_TOKEN_PATH={tmp_path}/token\n"
+        (tmp_path / "artifacts/cluster/environment").write_text(lines)
+    elif kept == "variable":
+        environment["RAY_AUTH_TOKEN"] = token
+    else:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray/auth_token").write_text(token)
+    done = subprocess.run(
+        [sys.executable, "-c", TOLD_BY_RAY, str(tmp_path)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert token in done.stdout
+
+
+def test_a_job_that_nobody_knows_is_one_sentence() -> None:
+    class Client:
+        def get_job_status(self, job: str) -> str:
+            raise RuntimeError(f"Request failed with status code 404: Job {job} does not exist.")
+
+    with pytest.raises(ValueError, match=r"There is no job 'nope' at http://head:8265; `ray job list --address"):
+        submit.follow(Client(), "nope", "http://head:8265")  # type: ignore[arg-type]

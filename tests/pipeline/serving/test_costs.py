@@ -12,18 +12,21 @@ from typing import Any
 import httpx
 import pytest
 
+from model.chat import CHAT_TEMPLATE
 from pipeline.config import ServeConfig
 from pipeline.serving.gate import CHARACTER_COST, COSTS, MOST_COST, JsonCost
 from tests.pipeline.serving.local_server import LocalServer
-from tests.pipeline.tiny_registry import TinyRegistry
+from tests.pipeline.tiny_registry import make_registry
 
 LONGEST_HOLD_SECONDS = 0.05
 LIMIT = ServeConfig().max_body_bytes
 
 
 @pytest.fixture(scope="module")
-def server(tiny_registry: TinyRegistry) -> Iterator[LocalServer]:
-    local = LocalServer(tiny_registry, ServeConfig(watch_seconds=0, threads=1, weights="float32", max_batch_size=8))
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    registry = make_registry(tmp_path_factory.mktemp("registry"))
+    registry.add_version(seed=1, alias="champion", chat_template=CHAT_TEMPLATE)
+    local = LocalServer(registry, ServeConfig(watch_seconds=0, threads=1, weights="float32", max_batch_size=8))
     yield local
     local.close()
 
@@ -137,6 +140,29 @@ def test_nor_one_of_the_other_endpoints(
     head, repeated, tail = UNITS[unit]
     body = filled(head.replace("prompt", "tokens"), repeated, tail, passes=True)
     refused_quickly(server, monkeypatch, body, path)
+
+
+CHATS = {
+    "texts": ('{"messages":[', '"a",', '"a"]}'),
+    "empty messages": ('{"messages":[', "{},", "{}]}"),
+    "turns": ('{"messages":[', '{"role":"user","content":"a"},', '{"role":"x"}]}'),
+    "turns of parts": ('{"messages":[', '{"role":"user","content":[{"type":"text","text":"a"}]},', "1]}"),
+    "one turn of parts": ('{"messages":[{"role":"user","content":[', '{"type":"text","text":"a"},', "1]}]}"),
+    "one long turn": ('{"messages":[{"role":"user","content":"', "word, ", '"}]}'),
+    "tools": ('{"messages":[{"role":"user","content":"a"}],"tools":[', '{"type":"function"},', "1]}"),
+    "formats": ('{"messages":[{"role":"user","content":"a"}],"response_format":[', "1,", "1]}"),
+}
+
+
+@pytest.mark.parametrize("unit", CHATS)
+def test_nor_a_conversation(server: LocalServer, monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
+    refused_quickly(server, monkeypatch, filled(*CHATS[unit], passes=True), "chat/completions")
+
+
+def test_nor_as_many_turns_as_there_may_be(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = [{"role": role, "content": "a word"} for role in ("user", "assistant") * 1023]
+    body = json.dumps({"messages": [*turns, {"role": "user", "content": "a"}]})
+    refused_quickly(server, monkeypatch, body, "chat/completions")
 
 
 def refused_quickly(server: LocalServer, monkeypatch: pytest.MonkeyPatch, body: str, path: str = "completions") -> None:

@@ -20,10 +20,10 @@ from model.training import LossModule, choose_precision
 from pipeline import tracking
 from pipeline.artifacts import Artifact, Manifest
 from pipeline.config import Config, result_settings
-from pipeline.corpus.packing import open_validation_stream
 from pipeline.registry import PROBE_TAG, measure_probe
 from pipeline.training.resources import set_threads, wants_gpu, worker_resources
 from pipeline.training.samples import write_samples
+from pipeline.training.validation import open_validation
 
 FORMAT_VERSION = 1
 
@@ -69,19 +69,18 @@ def score_checkpoint(config: Config, train: Artifact, shards: Artifact, device: 
         model = load_model(checkpoint, device=device).eval()
         tokenizer = load_tokenizer(checkpoint)
 
-    stream = open_validation_stream(
+    options = config.evaluate
+    stream = open_validation(
         shards,
-        context_length=config.model.context_length,
-        batch_sequences=config.evaluate.batch_sequences,
-        max_tokens=config.evaluate.max_tokens,
-        cache_folder=config.stream.cache_folder or None,
-        cache_gigabytes=config.stream.cache_gigabytes,
-        document_boundaries=config.train.document_boundaries,
+        config.model,
+        config.train,
+        config.stream,
+        batch_sequences=options.batch_sequences,
+        max_tokens=options.max_tokens,
     )
     score = score_batches(LossModule(model), stream.batches(), tokenizer.byte_lengths, precision=precision)
     if score.num_bytes == 0:
         raise ValueError("The validation split holds no text to score; raise prepare.validation_fraction or add text.")
-    options = config.evaluate
     samples = write_samples(model, tokenizer, options.prompts, options.sample_tokens, config.seed, precision)
     return {
         "bits_per_byte": score.bits_per_byte,

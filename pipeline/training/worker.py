@@ -33,7 +33,7 @@ from model.optimizer import Optimizer, build_optimizer
 from model.scoring import Score, score_batches
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.training import LossModule, StepMeasures, choose_precision, parallelize, train_step
-from pipeline.corpus.packing import open_training_stream, open_validation_stream
+from pipeline.corpus.packing import open_training_stream
 from pipeline.corpus.stream import TokenStream
 from pipeline.training.agreement import Agreement
 from pipeline.training.checkpoints import BackgroundWriter, CheckpointStore
@@ -47,6 +47,7 @@ from pipeline.training.report import BadLoss, Evaluation, Report
 from pipeline.training.resources import set_threads
 from pipeline.training.samples import write_samples
 from pipeline.training.scratch import make_scratch, remove_abandoned
+from pipeline.training.validation import open_validation
 
 logger = logging.getLogger(__name__)
 
@@ -233,14 +234,14 @@ def score_validation(
     world_size: int = 1,
 ) -> Score:
     """Score each rank's part of the val split and add them up; every rank returns the same."""
-    stream = open_validation_stream(
+    options = plan.train
+    stream = open_validation(
         plan.shards,
-        context_length=plan.model.context_length,
-        batch_sequences=plan.train.micro_batch_sequences,
-        max_tokens=plan.train.evaluation_tokens,
-        cache_folder=plan.stream.cache_folder or None,
-        cache_gigabytes=plan.stream.cache_gigabytes,
-        document_boundaries=plan.train.document_boundaries,
+        plan.model,
+        options,
+        plan.stream,
+        batch_sequences=options.micro_batch_sequences,
+        max_tokens=options.evaluation_tokens,
     )
     return score_batches(
         module,

@@ -1,6 +1,8 @@
 """A plan is all that a training needs: no stage, no config file, no MLflow."""
 
 import math
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from model.tokenizer import load_tokenizer
 from pipeline.artifacts import artifact_at
 from pipeline.training.history import History
 from pipeline.training.launch import launch
-from pipeline.training.plan import TrainingPlan
+from pipeline.training.plan import plan_training
 from tests.pipeline.tiny_training import last_history, tiny_config, tiny_inputs
 
 
@@ -28,22 +30,9 @@ def test_a_plan_alone_trains_from_weights_that_are_given(ray_session: None, stor
 
     def first_losses(start: str) -> History:
         output = artifact_at(storage, "trial", "train", ("1" if start else "0") * 20)
-        plan = TrainingPlan(
-            name="trial",
-            seed=1,
-            model=config.model,
-            optimizer=config.optimizer,
-            stream=config.stream,
-            train=config.train,
-            shards=inputs["prepare"],
-            tokenizer=inputs["tokenizer"],
-            output=output,
-            vocab_size=tokenizer.vocab_size,
-            bytes_per_token=2.0,
-            start=start,
-        )
-        result = launch(plan)
-        assert result["unsent"] == []
+        plan = plan_training(config, inputs, output, tracking_uri="", mlflow_run_id="", started=time.time())
+        plan = replace(plan, start=start)
+        assert launch(plan)["unsent"] == []
         return last_history(config, output)
 
     uniform = math.log(tokenizer.vocab_size)

@@ -165,6 +165,12 @@ class TrainConfig:
     max_restarts: int = setting(
         20, "failures of workers after which the run gives up; -1 never does", affects_result=False
     )
+    resize_seconds: float = setting(
+        0.0,
+        "seconds between looks at whether more workers may join; 0: 120 on GPUs, 5 on CPUs",
+        affects_result=False,
+        added_later=True,
+    )
     mlflow_patience_minutes: float = setting(
         10.0, "how long the end of a run waits for an MLflow server that is away", affects_result=False
     )
@@ -172,7 +178,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_tokens", "micro_batch_sequences", "evaluate_every_steps", "log_every_steps"):
             require(getattr(self, name) > 0, f"train.{name} must be positive.")
-        for name in ("evaluation_tokens", "checkpoint_every_steps", "checkpoint_every_minutes", "threads_per_worker"):
+        not_negative = ("evaluation_tokens", "checkpoint_every_steps", "checkpoint_every_minutes", "threads_per_worker")
+        for name in (*not_negative, "resize_seconds"):
             require(getattr(self, name) >= 0, f"train.{name} cannot be negative.")
         require(self.keep_checkpoints >= 1, "train.keep_checkpoints must be at least 1.")
         require(self.sample_tokens > 0, "train.sample_tokens must be positive.")

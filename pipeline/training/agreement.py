@@ -20,6 +20,8 @@ class Agreement:
         self._group = dist.new_group(backend="gloo") if world_size > 1 else None
         self._asked: tuple[torch.Tensor, Any] | None = None
         self._driver_stops = False
+        self.save_wish = 0  # the number of the driver's open wish for a checkpoint, on rank 0
+        self._seen_wish = 0
         self._preempted = False
         self._closed = threading.Event()
         if line is not None:
@@ -36,6 +38,7 @@ class Agreement:
         """Tell the others whether to stop and to save; returns what all had said one step earlier."""
         preempted = is_preempted()
         save, self._preempted = save or (preempted and not self._preempted), preempted
+        save, self._seen_wish = save or self.save_wish > self._seen_wish, max(self.save_wish, self._seen_wish)
         wishes = torch.tensor([self._driver_stops, save], dtype=torch.int32)
         earlier, self._asked = self._asked, None
         if self._group is None:
@@ -54,7 +57,7 @@ class Agreement:
     def _listen(self, line: Any) -> None:
         while not self._closed.wait(0.5):
             try:
-                self._driver_stops = ray.get(line.is_stopping.remote())
+                self._driver_stops, self.save_wish = ray.get(line.wishes.remote())
             except ray.exceptions.RayError:
                 return  # the driver is gone, and Ray ends its workers
 

@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from model.training import ONE_HEAP
 from pipeline.training.line import FailureNotes, Line
 from pipeline.training.plan import TrainingPlan
+from pipeline.training.resize import SaveBeforeResize
 from pipeline.training.resources import wants_gpu, worker_resources
 from pipeline.training.screen import Screen
 from pipeline.training.signals import caught_signals
@@ -20,6 +21,9 @@ from pipeline.training.worker import train_worker
 
 # A scheduler gives thirty seconds between SIGTERM and SIGKILL; MLflow and Ray's own end take some of the rest.
 CHECKPOINT_SECONDS = 20.0
+# Seconds between looks at whether there is room for more workers. All of them start anew for each that is added, which
+# on GPUs is a minute with compiling: spot nodes trickle in, and should be taken together.
+RESIZE_SECONDS = {"cpu": 5.0, "cuda": 120.0}
 
 
 def launch(plan: TrainingPlan) -> dict[str, Any]:
@@ -42,13 +46,13 @@ def launch(plan: TrainingPlan) -> dict[str, Any]:
             num_workers=fewest if fewest == most else (fewest, most),  # type: ignore[arg-type]
             use_gpu=use_gpu,
             resources_per_worker=worker_resources(options, use_gpu),
-            elastic_resize_monitor_interval_s=5,
+            elastic_resize_monitor_interval_s=options.resize_seconds or RESIZE_SECONDS["cuda" if use_gpu else "cpu"],
         ),
         run_config=RunConfig(  # type: ignore[call-arg]
             name="ray",
             storage_path=plan.output.url,
             failure_config=FailureConfig(max_failures=options.max_restarts),
-            callbacks=[FailureNotes(line)],  # type: ignore[list-item]
+            callbacks=[FailureNotes(line), SaveBeforeResize(line)],  # type: ignore[list-item]
             worker_runtime_env=None if use_gpu else {"env_vars": ONE_HEAP},
         ),
     )

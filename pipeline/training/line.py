@@ -27,6 +27,8 @@ class Line:
         self._failed_starts: list[int] = []  # the step of each start since one got further than the one before
         self._fatal: str | None = None
         self._stopping = False
+        self._asked_saves = 0  # wishes for a checkpoint, counted
+        self._saved = 0  # the last wish that is fulfilled
 
     def say(self, words: str) -> None:
         self._news.append(News(words))
@@ -43,8 +45,22 @@ class Line:
     def stop(self) -> None:
         self._stopping = True
 
-    def is_stopping(self) -> bool:
-        return self._stopping
+    def wishes(self) -> tuple[bool, int]:
+        """Return whether to stop, and the number of the wish for a checkpoint that is still open, or 0."""
+        return self._stopping, self._asked_saves if self._asked_saves > self._saved else 0
+
+    def ask_to_save(self, workers: int) -> int:
+        """Wish for a checkpoint before the training goes on with so many workers; returns the wish's number."""
+        self.say(f"going on with {workers} worker{'s' * (workers > 1)} soon: writing a checkpoint first")
+        self._asked_saves += 1
+        return self._asked_saves
+
+    def note_saved(self, wish: int) -> None:
+        """Note that a checkpoint is written whose making began after that wish."""
+        self._saved = max(self._saved, wish)
+
+    def saved(self) -> int:
+        return self._saved
 
     def note_failure(self, reason: str) -> None:
         self._failures.append(reason)
@@ -53,6 +69,7 @@ class Line:
 
     def begin(self, step: int) -> str:
         """Note from which step workers start; returns what ended the ones before them."""
+        self._saved = self._asked_saves  # nobody waits for these workers to save
         if self._failed_starts and self._failed_starts[-1] != step:
             self._failed_starts = []
         if self._failures:

@@ -152,7 +152,13 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
                 frozen = report.freeze()
                 counts = {"bits_per_byte": bits_per_byte}
                 write = partial(write_checkpoint, plan, tokenizer, weights, state, frozen)
-                writer.start(lambda: store.write(frozen.step, counts, write))
+                wish = agreement.save_wish
+
+                def write_and_tell() -> None:
+                    store.write(frozen.step, counts, write)
+                    line.note_saved.remote(wish)
+
+                writer.start(write_and_tell)
 
     # loop
     sequences = plan.train.batch_tokens // plan.model.context_length

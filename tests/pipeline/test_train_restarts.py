@@ -234,7 +234,7 @@ def test_sigterm_ends_in_time_where_no_worker_answers_and_the_next_start_tidies_
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_lost_node_goes_on_with_fewer_workers_and_a_new_one_is_used(long_undisturbed: Training, tmp_path: Path) -> None:
-    steps = ("train.steps=2000", "train.evaluate_every_steps=1000", "train.checkpoint_every_steps=100")
+    steps = ("train.steps=2000", "train.evaluate_every_steps=1000", "train.checkpoint_every_steps=250")
     driver = Driver(
         tmp_path, *steps, "train.num_workers=[1,3]", "--nodes", "2",
         "--lose-node-after", "300", "--gain-node-after", "600",
@@ -248,6 +248,8 @@ def test_lost_node_goes_on_with_fewer_workers_and_a_new_one_is_used(long_undistu
     history = training.metric_history()
     assert [metric.step for metric in history("train/loss")] == list(range(1, 2001))
     assert [line.split()[2] for line in words][-1] == "2", words
+    assert "going on with 2 workers soon: writing a checkpoint first" in driver.lines
+    assert int(words[-1].rpartition(" ")[2].replace(",", "")) % 250, "from the checkpoint that was written for it"
 
 
 @pytest.fixture

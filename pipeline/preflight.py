@@ -15,10 +15,9 @@ import socket
 import tempfile
 import time
 import urllib.error
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from typing import Any
 import ray
 from fsspec.implementations.local import LocalFileSystem
 from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from model.gpt import count_parameters
@@ -34,7 +32,7 @@ from pipeline import addresses, tracking
 from pipeline.artifacts import expand_home, filesystem_of, resolve_storage
 from pipeline.config import Config
 from pipeline.corpus.shards import default_cache_folder
-from pipeline.training.resources import wants_gpu, worker_resources
+from pipeline.training.rehearsal import Workers, choose_address, time_all_reduce, training_workers, try_gpu
 
 PACKAGES = ("ray", "torch", "numpy", "pyarrow", "s3fs", "mlflow", "tiktoken", "tokenizers", "safetensors")
 PROBE_BYTES = 8_000_000  # enough to see the rate, little enough to pay for from every node
@@ -43,6 +41,7 @@ LARGEST_ARTIFACT_BYTES = 512_000_000
 SLOWEST_GRADIENTS_SECONDS = {"nccl": 1.0, "gloo": 15.0}
 CHECKPOINTS_AT_ONCE = 2  # on a local disk: the one being written and the one being uploaded
 NODE_SECONDS = 120.0
+GPU_SECONDS = 300.0  # for the first use of CUDA on a node, and for compiling
 
 
 @dataclass(frozen=True)
@@ -79,17 +78,18 @@ def run(config: Config, *, wait_seconds: float = 30.0, report: Callable[[str], N
         report(str(check))
 
     attempt("authentication", check_authentication)
-    with training_workers(config, wait_seconds) as workers:
+    with training_workers(config.train, wait_seconds) as workers:
         # The autoscaler's nodes are there now, so the checks of every node see them too.
         attempt("workers", workers.check)
         attempt("versions", check_versions)
         attempt("storage", lambda: check_storage(config))
         attempt("disk", lambda: check_disk(config))
-        if workers.group is None:
-            checks.append(Check("all-reduce", False, "Not tried: it needs the workers above."))
-            report(str(checks[-1]))
-        else:
-            attempt("all-reduce", lambda: check_all_reduce(config, workers))
+        if workers.resources.get("GPU"):
+            attempt("gpus", lambda: check_gpus(config, workers))
+        attempt(
+            "all-reduce",
+            lambda: check_all_reduce(config, workers, usable=checks[-1].subject != "gpus" or checks[-1].ok),
+        )
     attempt("mlflow", lambda: check_mlflow(config))
     return checks
 
@@ -324,58 +324,34 @@ def send_artifact(uri: str, experiment: str, size: int) -> float:
 # ---------------------------------------------------------------------------------------------- the workers
 
 
-@dataclass
-class Workers:
-    """The places that training will ask for, held while the checks run."""
-
-    count: int
-    resources: dict[str, float]
-    group: PlacementGroup | None
-    waited: float
-    note: str = ""  # what there is to say of the device
-    impossible: str = ""  # why training would not even start
-
-    def check(self) -> str:
-        if self.impossible:
-            raise Failed(self.impossible)
-        wanted = " and ".join(f"{amount:g} {kind}" for kind, amount in self.resources.items() if amount)
-        if self.group is None:
-            total = ray.cluster_resources()
-            offered = ", ".join(f"{total.get(kind, 0):g} {kind}" for kind in self.resources)
-            raise Failed(
-                f"Add nodes or lower train.num_workers: it asks for {self.count} × {wanted} and in {self.waited:.0f} s"
-                f" the cluster, with {offered} on {_count(nodes(), 'node')}, could not give it at once"
-                f" (--wait SECONDS waits longer for an autoscaler)."
-            )
-        note = f" ({self.note})" if self.note else ""
-        return f"{self.count} × {wanted}, ready after {self.waited:.0f} s{note}"
-
-
-@contextmanager
-def training_workers(config: Config, wait_seconds: float) -> Iterator[Workers]:
-    """Reserve what training will reserve; the way to ask an autoscaler for it."""
-    count = config.train.fewest_workers
-    notes: list[str] = []
+def check_gpus(config: Config, workers: Workers) -> str:
+    """Try each worker's GPU: its driver, a product, and what torch.compile makes for it."""
+    if workers.group is None:
+        raise Failed("Not tried: it needs the workers above.")
+    task = ray.remote(num_cpus=workers.resources["CPU"], num_gpus=1, max_calls=1, max_retries=0)(try_gpu)
+    waiting = [
+        task.options(scheduling_strategy=PlacementGroupSchedulingStrategy(workers.group, rank)).remote(
+            config.train.compile
+        )
+        for rank in range(workers.count)
+    ]
     try:
-        use_gpu = wants_gpu(config.train, say=notes.append)
-    except ValueError as error:
-        yield Workers(count, {}, None, 0.0, impossible=str(error))
-        return
-    resources = worker_resources(config.train, use_gpu)
-    group = placement_group([resources] * count, strategy="PACK")
-    began = time.monotonic()
-    ready = group.wait(timeout_seconds=wait_seconds)
-    try:
-        yield Workers(count, resources, group if ready else None, time.monotonic() - began, "; ".join(notes))
-    finally:
-        remove_placement_group(group)
+        found = ray.get(waiting, timeout=GPU_SECONDS)
+    except ray.exceptions.GetTimeoutError:
+        raise Failed(f"A GPU did not answer in {GPU_SECONDS:.0f} s; look at its node with nvidia-smi.") from None
+    except RayError as error:
+        raise Failed(_one_line(getattr(error, "cause", None) or error)) from None
+    kinds = Counter(sentence for sentence, _ in found)
+    compiled = f", compiled in {max(seconds for _, seconds in found):.0f} s" if config.train.compile else ""
+    return "; ".join(f"{count} × {kind}" for kind, count in kinds.items()) + compiled
 
 
-def check_all_reduce(config: Config, workers: Workers) -> str:
+def check_all_reduce(config: Config, workers: Workers, *, usable: bool = True) -> str:
     """Sum the model's gradients over all workers, as every training step will."""
+    if workers.group is None or not usable:
+        raise Failed(f"Not tried: it needs the {'workers' if workers.group is None else 'GPUs'} above.")
     if workers.count == 1:
         return "one worker needs none"
-    assert workers.group is not None
     backend = "nccl" if workers.resources.get("GPU") else "gloo"
     cpus, gpus = workers.resources.get("CPU", 0), workers.resources.get("GPU", 0)
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0)(time_all_reduce)
@@ -402,39 +378,6 @@ def check_all_reduce(config: Config, workers: Workers) -> str:
     if seconds > SLOWEST_GRADIENTS_SECONDS[backend]:
         raise Failed(f"Use fewer workers, one larger machine or a faster network: {told} in each step.")
     return told
-
-
-def choose_address() -> str:
-    """An address of this node with a port that is free now, for the workers to meet at."""
-    host = ray.util.get_node_ip_address()
-    with socket.create_server((host, 0)) as server:
-        return f"{host}:{server.getsockname()[1]}"
-
-
-def time_all_reduce(address: str, rank: int, world_size: int, backend: str, size: int) -> float:
-    """Be one worker: sum a buffer of `size` bytes over all; returns the median seconds of three times."""
-    import torch
-    import torch.distributed as dist
-
-    device = torch.device("cuda" if backend == "nccl" else "cpu")
-    dist.init_process_group(
-        backend, f"tcp://{address}", timeout=timedelta(seconds=60), rank=rank, world_size=world_size
-    )
-    try:
-        buffer = torch.ones(size // 4, device=device)
-        times = []
-        for _ in range(4):
-            dist.barrier()
-            began = time.monotonic()
-            dist.all_reduce(buffer)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.monotonic() - began)
-        if buffer[0].item() != float(world_size) ** 4:
-            raise ValueError(f"the sum over {world_size} workers is wrong")
-        return sorted(times[1:])[1]  # the first one makes the connections
-    finally:
-        dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------- sizes

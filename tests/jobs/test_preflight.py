@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+import torch
 
 from pipeline import preflight
 from pipeline.config import Config, load_config
@@ -149,3 +151,21 @@ def test_the_command_exits_1_when_a_check_fails(storage: str) -> None:
     assert done.returncode == 1, done.stderr
     assert "FAIL  workers" in done.stdout
     assert "2 of 7 checks failed." in done.stdout
+
+
+@pytest.mark.slow
+def test_every_gpu_is_tried_and_what_is_wrong_with_it_is_told(storage: str) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has GPUs")
+    asked = [*SMALL, "train.batch_tokens=256", "train.device=gpu", "train.num_workers=[1,8]", f"storage={storage}"]
+    environment = os.environ | {"RAY_OVERRIDE_RESOURCES": '{"CPU": 4, "GPU": 2}'}
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.preflight", *asked], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("ok    workers        2 × 1 CPU and 1 GPU") for line in lines), done.stdout
+    assert any(
+        re.match(r"FAIL  gpus           Node \S+: (torch .* is a build for CPUs|no NVIDIA)", line) for line in lines
+    )
+    assert any(line.startswith("FAIL  all-reduce     Not tried: it needs the GPUs above.") for line in lines)
+    assert done.returncode == 1

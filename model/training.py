@@ -130,6 +130,7 @@ def parallelize(
     strategy: str = "none",
     compile: bool = False,
     precision: torch.dtype = torch.float32,
+    gradient_precision: torch.dtype = torch.float32,
     recompute: bool = False,
 ) -> nn.Module:
     """Return what `train_step` runs: the model's loss, compiled, and spread over the ranks by `strategy`.
@@ -137,6 +138,7 @@ def parallelize(
     The model itself keeps its parameters and their names, so the optimizer and checkpoints use it directly; under
     FSDP2 they are sharded in place, which is why the optimizer is built afterwards. With `recompute` each block keeps
     only its input for the backward pass, which computes the rest again (activation checkpointing, arXiv:1604.06174).
+    Gradients travel between ranks in `gradient_precision`: bfloat16 halves the bytes and rounds what each rank adds.
     """
     assert strategy in STRATEGIES, strategy
     blocks = [block for block in model.blocks if isinstance(block, Block)]
@@ -172,7 +174,7 @@ def parallelize(
         chunk_gradient = torch.compile(cross_entropy_gradient, dynamic=False, options=options)
         model.cross_entropy = partial(chunked_cross_entropy, chunk_gradient=chunk_gradient)
     if strategy == "fsdp":
-        policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=gradient_precision)
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -184,14 +186,24 @@ def parallelize(
         # Before torch 2.13 the setting had another name.
         names = signature(DistributedDataParallel).parameters
         unsent: Any = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
-        return DistributedDataParallel(
+        wrapped = DistributedDataParallel(
             module,
             device_ids=[device] if device.type == "cuda" else None,
             bucket_cap_mb=BUCKET_MEGABYTES,
             gradient_as_bucket_view=True,  # gradients are stored in the buckets, which saves a copy of them
             **unsent,
         )
+        if gradient_precision == torch.bfloat16:
+            wrapped.register_comm_hook(None, average_in_bfloat16)
+        return wrapped
     return module
+
+
+def average_in_bfloat16(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's way for one bucket of gradients, as torch's own hook has it, which wants NCCL."""
+    light = bucket.buffer().bfloat16().div_(dist.get_world_size(group))
+    work = dist.all_reduce(light, group=group, async_op=True)
+    return work.get_future().then(lambda done: bucket.buffer().copy_(done.value()[0]))
 
 
 def train_step(
@@ -239,10 +251,7 @@ def train_step(
         optimizer.zero_grad()
         return StepMeasures(loss, norm, skipped=True)
     if optimizer.config.clip_norm:
-        shorten = (optimizer.config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        for parameter in optimizer.parameters.values():
-            if parameter.grad is not None:
-                parameter.grad.mul_(shorten)
+        nn.utils.clip_grads_with_norm_(optimizer.parameters.values(), optimizer.config.clip_norm, norm, foreach=True)
     optimizer.step(step)
     return StepMeasures(loss, norm)
 
@@ -277,12 +286,23 @@ def keep_freed_memory() -> None:
 
 
 def choose_precision(name: str, device: torch.device | str) -> torch.dtype:
-    """Resolve `float32`, `bfloat16` or `auto`: bfloat16 where the hardware multiplies in it."""
+    """Resolve `float32`, `bfloat16` or `auto`: bfloat16 where the hardware multiplies in it.
+
+    Raises `ValueError` for bfloat16 on a GPU from before Ampere, which emulates it and is slower than in float32.
+    """
+    if torch.device(device).type == "cuda" and name != "float32":
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= (8, 0):
+            return torch.bfloat16
+        if name == "bfloat16":
+            raise ValueError(
+                f"train.precision=bfloat16 needs a GPU of compute capability 8.0 (Ampere) or newer, and this is a"
+                f" {torch.cuda.get_device_name(device)} with {capability[0]}.{capability[1]}, which has float16 alone:"
+                f" not supported here. Set train.precision=float32, which auto takes there too."
+            )
+        return torch.float32
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if torch.device(device).type == "cuda":
-        # GPUs before Ampere (8.0) emulate bfloat16.
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
     return torch.bfloat16 if HAS_BFLOAT16_UNITS else torch.float32
 
 

@@ -134,6 +134,11 @@ class TrainConfig:
     )
     document_boundaries: bool = setting(False, "keep attention inside each document")
     precision: str = setting("auto", "float32, bfloat16, or auto: bfloat16 where the hardware has it")
+    gradient_precision: str = setting(
+        "float32",
+        "in which gradients travel between workers: float32, or bfloat16 for half the bytes",
+        added_later=True,
+    )
     compile: bool = setting(False, "torch.compile the model: slower to start, faster to run", affects_result=False)
     recompute_activations: bool = setting(
         False, "keep less for the backward pass and compute it again: slower, less memory", affects_result=False
@@ -186,6 +191,7 @@ class TrainConfig:
         require(self.cpus_per_worker > 0, "train.cpus_per_worker must be positive.")
         require(self.max_restarts >= -1, "train.max_restarts must be -1 or more.")
         _check_choice("train.precision", self.precision, ("auto", "float32", "bfloat16"))
+        _check_choice("train.gradient_precision", self.gradient_precision, ("float32", "bfloat16"))
         _check_choice("train.sharding", self.sharding, ("ddp", "fsdp"))
         _check_choice("train.device", self.device, ("auto", "cpu", "gpu"))
         _check_choice("train.on_bad_loss", self.on_bad_loss, ("stop", "skip"))

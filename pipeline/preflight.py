@@ -2,8 +2,9 @@
 
     for check in preflight.run(config, report=print): ...
 
-What is tried: the nodes' versions, the dashboard's lock, the workers that training asks for, storage from every
-node, MLflow with an artifact as large as the model, an all-reduce between the workers, and room on local disks.
+What is tried: the nodes' versions, the dashboard's lock, the workers that training asks for and their GPUs, storage
+from every node, MLflow with an artifact as large as the model, an all-reduce between the workers, and room on local
+disks.
 Nothing of it is left behind.
 """
 

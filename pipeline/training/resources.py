@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -103,3 +104,14 @@ def worker_resources(options: TrainConfig, use_gpu: bool) -> dict[str, float]:
 def set_threads(threads: int, workers_here: int) -> None:
     """Share the cores out among the workers of this node; Ray would give each a single thread."""
     torch.set_num_threads(threads or max(1, count_cores() // workers_here))
+
+
+def set_compile_threads(workers_here: int) -> None:
+    """Share the cores out for compiling too; torch starts a process for each core of the host, whatever a pod may use.
+
+    TORCHINDUCTOR_COMPILE_THREADS, where somebody has set it, decides.
+    """
+    from torch._inductor import config as inductor
+
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        inductor.compile_threads = max(1, min(inductor.compile_threads, count_cores() // workers_here))

@@ -44,7 +44,7 @@ from pipeline.training.line import LineHandler
 from pipeline.training.machine import name_precision
 from pipeline.training.plan import TrainingPlan
 from pipeline.training.report import BadLoss, Evaluation, Report
-from pipeline.training.resources import set_threads
+from pipeline.training.resources import set_compile_threads, set_threads
 from pipeline.training.samples import write_samples
 from pipeline.training.scratch import make_scratch, remove_abandoned
 from pipeline.training.validation import open_validation
@@ -82,6 +82,8 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
         return {}  # no restart would mend what stopped the workers before these
     device = ray.train.torch.get_device()
     set_threads(options.threads_per_worker, context.get_local_world_size())
+    if options.compile:
+        set_compile_threads(context.get_local_world_size())
     agreement = Agreement(world_size, line if rank == 0 else None)
     store = CheckpointStore(plan.output, options.keep_checkpoints)
     remove_abandoned(plan.output.fingerprint)
@@ -111,6 +113,7 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
         strategy=strategy,
         compile=options.compile,
         precision=precision,
+        gradient_precision=getattr(torch, options.gradient_precision),
         recompute=options.recompute_activations,
     )
 
@@ -147,7 +150,7 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
         if report is None and strategy != "fsdp":
             return  # what is sharded, all ranks gather
         with clock.during("checkpoint"):
-            weights, state = export_weights(model), {"optimizer": on_cpu(optimizer.state_dict())}
+            weights, state = export_weights(model), {"optimizer": optimizer.state_dict()}
             if report is not None:
                 frozen = report.freeze()
                 counts = {"bits_per_byte": bits_per_byte}
@@ -307,15 +310,6 @@ def open_stream(plan: TrainingPlan, *, pin_memory: bool) -> TokenStream:
         document_boundaries=plan.train.document_boundaries,
         pin_memory=pin_memory,
     )
-
-
-def on_cpu(tree: Any) -> Any:
-    """Copy nested tensors to the host; a copy even there, since training goes on while it is written."""
-    if isinstance(tree, torch.Tensor):
-        return tree.detach().to("cpu", copy=True)
-    if isinstance(tree, dict):
-        return {key: on_cpu(value) for key, value in tree.items()}
-    return [on_cpu(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -30,7 +30,6 @@ from model.gpt import GPT, ModelConfig
 from model.optimizer import OptimizerConfig, build_optimizer
 from model.training import parallelize, train_step
 from pipeline.corpus.stream import Batch
-from pipeline.training.worker import on_cpu
 
 CONTEXT, SEQUENCES, MICRO_BATCH, VOCABULARY = 256, 16, 4, 4096
 MODEL = ModelConfig(num_layers=6, width=256, num_heads=4, context_length=CONTEXT)
@@ -58,7 +57,7 @@ def work(rank: int, world_size: int, port: int, steps: int, answers: Any) -> Non
     if rank == 0:
         for _ in range(3):
             began = time.perf_counter()
-            weights, state = export_weights(model), on_cpu(optimizer.state_dict())
+            weights, state = export_weights(model), optimizer.state_dict()
             waits.append(time.perf_counter() - began)
             with tempfile.TemporaryDirectory() as folder:
                 began = time.perf_counter()

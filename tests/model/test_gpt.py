@@ -58,6 +58,18 @@ def test_flops_are_six_per_weight_and_the_attention() -> None:
     assert flops_per_token(config, 1000) == 6 * (3 * (4 * 64 * 64 + 3 * 64 * 128) + 64_000) + 12 * 3 * 64 * 16
 
 
+def test_chunks_are_whole_tiles_of_matrix_units() -> None:
+    rows, wide = [], 50_304  # GPT-2's vocabulary: 166 tokens would fit a CPU's limit, 1,334 a GPU's
+
+    def note(logits: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows.append(len(logits))
+        return logits.sum().detach(), logits
+
+    hidden, weight = torch.zeros(300, 2, requires_grad=True), torch.zeros(wide, 2)
+    chunked_cross_entropy(hidden, weight, torch.zeros(300, dtype=torch.long), wide, chunk_gradient=note)
+    assert rows == [128, 128, 44]
+
+
 def test_the_chunked_loss_has_the_loss_and_gradients_of_plain_cross_entropy() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(50, 16, requires_grad=True)

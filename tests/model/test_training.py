@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from model import training
 from model.checkpoint import export_weights, import_weights
@@ -250,6 +251,25 @@ def test_precision_is_what_was_asked_for() -> None:
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("capability", "name", "expected"),
+    [((8, 0), "auto", torch.bfloat16), ((9, 0), "bfloat16", torch.bfloat16), ((7, 5), "auto", torch.float32)],
+)
+def test_bfloat16_is_for_ampere_and_later(
+    capability: tuple[int, int], name: str, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_precision(name, "cuda") == expected
+    assert choose_precision("float32", "cuda") == torch.float32
+
+
+def test_bfloat16_before_ampere_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(ValueError, match=r"Ampere.* a Tesla T4 with 7\.5.*Set train\.precision=float32"):
+        choose_precision("bfloat16", "cuda")
+
+
 def test_two_ranks_learn_the_same_with_ddp_and_fsdp2_as_one_alone(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(learn_on_one_rank, args=(2, str(tmp_path / "meeting")), nprocs=2)
 
@@ -277,7 +297,27 @@ def learn_on_one_rank(rank: int, world_size: int, meeting: str) -> None:
                 torch.testing.assert_close(
                     ours, theirs, rtol=1e-3, atol=1e-4, msg=lambda m, n=(kind, strategy, name): f"{n}: {m}"
                 )
+    for strategy in ("ddp", "fsdp"):
+        learn_with_light_gradients(strategy, rank)
     dist.destroy_process_group()
+
+
+def learn_with_light_gradients(strategy: str, rank: int) -> None:
+    """What travelled in bfloat16 has bfloat16's digits, in float32; and it is nearly the same."""
+    gradients = []
+    for precision in (torch.float32, torch.bfloat16):
+        model = tiny_model()
+        module = parallelize(model, strategy=strategy, gradient_precision=precision)
+        optimizer = build_optimizer(model, OptimizerConfig(kind="adamw", clip_norm=0), total_steps=3)
+        share = split(global_batch(0), 2, 2)[rank]
+        train_step(module, optimizer, [share], step=0, global_tokens=GLOBAL_TOKENS)
+        found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        gradients.append([each.to_local() if isinstance(each, DTensor) else each for each in found])
+    for exact, light in zip(*gradients, strict=True):
+        assert light.dtype == torch.float32
+        assert torch.equal(light, light.bfloat16().float()), strategy
+        torch.testing.assert_close(light, exact, rtol=0.02, atol=5e-4)
+    assert not all(torch.equal(exact, light) for exact, light in zip(*gradients, strict=True))
 
 
 def restart(model: GPT, optimizer: Optimizer) -> None:

@@ -79,6 +79,21 @@ def test_what_was_trained_on_a_gpu_waits_for_one_that_can_be_started(
     assert bool(said) == (grows and device == "auto")
 
 
+def test_compiling_keeps_to_the_cores_that_a_pod_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config as inductor
+
+    monkeypatch.setattr(resources, "count_cores", lambda: 12)
+    monkeypatch.setattr(inductor, "compile_threads", 32)
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "32")
+    resources.set_compile_threads(workers_here=8)
+    assert inductor.compile_threads == 32, "somebody has said so"
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
+    resources.set_compile_threads(workers_here=3)
+    assert inductor.compile_threads == 4
+    resources.set_compile_threads(workers_here=100)
+    assert inductor.compile_threads == 1
+
+
 SHOWN = """
 import sys
 from jobs.command import ENVIRONMENT

@@ -273,7 +273,8 @@ class Cluster:
             summary = self.ask_head(state, "/nodes?view=summary")["data"]["summary"]
         except (OSError, ValueError, KeyError):
             return set()
-        return {node["ip"] for node in summary if node.get("raylet", {}).get("state") == "ALIVE"}
+        raylets = [node.get("raylet", {}) for node in summary]
+        return {raylet["nodeManagerAddress"] for raylet in raylets if raylet.get("state") == "ALIVE"}
 
     def has_run_a_job(self, state: State) -> bool:
         """Whether the head runs jobs, tried with one that does nothing: it answers a while before it can."""

@@ -43,7 +43,8 @@ def test_each_node_has_a_port_of_its_own_for_all_that_ray_listens_on(tmp_path: P
     from ray.scripts.scripts import start
 
     known = {name.removeprefix("--") for option in start.params for name in option.opts if "port" in name}
-    by_itself = {"min-worker-port", "max-worker-port", "worker-port-list"}  # Ray looks for free ones
+    # Ray looks for free ones for its workers, and there is no Redis.
+    by_itself = {"min-worker-port", "max-worker-port", "worker-port-list", "redis-shard-ports"}
     assert known - by_itself == {*cluster.HEAD_PORTS.values(), *cluster.NODE_PORTS.values()}
     own = Cluster(tmp_path)
     ports = own.create(workers=2, cpus=1).ports
@@ -62,6 +63,22 @@ def test_a_node_that_runs_and_starts_no_jobs_is_told_from_one_that_does(
     assert own.condition(state, "head").startswith("runs, but its agent does not answer and starts no jobs")
     monkeypatch.setattr(cluster, "answers", lambda url, words: f":{state.ports['head agent']}/" in url)
     assert own.condition(state, "head") == "runs"
+    own.down()
+
+
+def test_a_node_that_has_just_come_back_counts_before_it_has_told_of_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Cluster(tmp_path)
+    state = own.create(workers=1, cpus=1)
+    summary = [
+        {"ip": "127.0.0.1", "raylet": {"state": "ALIVE", "nodeManagerAddress": "127.0.0.1"}},
+        {"ip": "127.0.0.2", "raylet": {"state": "DEAD", "nodeManagerAddress": ""}},
+        {"raylet": {"state": "ALIVE", "nodeManagerAddress": "127.0.0.2"}},
+        {"ip": "127.0.0.3"},
+    ]
+    monkeypatch.setattr(own, "ask_head", lambda state, path: {"data": {"summary": summary}})
+    assert own.alive_addresses(state) == {"127.0.0.1", "127.0.0.2"}
     own.down()
 
 

@@ -25,7 +25,7 @@ def find_preset(preset: str | Path) -> Path:
 def read_preset(path: Path) -> dict[str, Any]:
     """The settings of a preset by their dotted keys: each a text, a list, or what no setting takes."""
     try:
-        loaded = yaml.load(path.read_text(encoding="utf-8-sig"), _Texts)
+        loaded = _Texts(path.read_text(encoding="utf-8-sig")).get_single_data()
     except UnicodeDecodeError as error:
         raise ValueError(f"It is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
     except yaml.YAMLError as error:

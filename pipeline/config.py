@@ -19,7 +19,7 @@ import yaml
 from model.config import ModelConfig, OptimizerConfig
 from model.settings import read_value, require, setting
 from model.tokenizer import NAMED_TOKENIZERS
-from pipeline.presets import find_preset, read_preset
+from pipeline.presets import YamlWriter, find_preset, read_preset
 
 # Which files hold text: ending -> format. Behind it the ending of a compression may stand.
 FORMAT_OF_ENDING = {
@@ -432,7 +432,7 @@ def _default(leaf: dataclasses.Field[Any]) -> Any:
 
 def to_yaml(config: Config) -> str:
     """Write the resolved config as YAML that `load_config` reads back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    return yaml.dump(dataclasses.asdict(config), Dumper=YamlWriter, sort_keys=False, allow_unicode=True)
 
 
 def _check_key(key: str) -> None:

@@ -37,6 +37,17 @@ def read_preset(path: Path) -> dict[str, Any]:
     return values
 
 
+class YamlWriter(yaml.SafeDumper):
+    """Writes texts that come back as they are; PyYAML reads the Unicode line breaks that it leaves bare as spaces."""
+
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        style = '"' if set("\x85\u2028\u2029") & set(text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+YamlWriter.add_representer(str, YamlWriter.represent_str)
+
+
 class _Texts(yaml.BaseLoader):
     """Makes a text of every scalar, and says where a key stands twice."""
 

@@ -2,7 +2,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -76,6 +76,7 @@ def test_a_string_setting_takes_its_text_as_it_stands(given):
     assert load_config(None, [f"source.text_column={given}"]).source.text_column == given
 
 
+@example(text="\x85 \u2028 \u2029")
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 @hypothesis_settings(max_examples=100, deadline=None)
 def test_every_text_comes_back_from_the_resolved_config(text, tmp_path_factory):

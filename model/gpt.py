@@ -204,6 +204,7 @@ class GPT(nn.Module):
         self.norm = build_norm(config)
         self.head = nn.Linear(config.width, padded_size, bias=False)
         self.cross_entropy: Callable[..., Tensor] = chunked_cross_entropy  # `parallelize` may put a compiled one here
+        self.restarts_positions = False  # whether learned positions count from 0 in each document of a row
         self.restore_derived()
         self.initialise()
 
@@ -290,6 +291,8 @@ class GPT(nn.Module):
         x = self.embedding(tokens)
         if self.position_embedding is not None:
             weight = self.position_embedding.weight
+            if self.restarts_positions and document_ids is not None:
+                positions = positions_in_documents(document_ids)
             x = self.dropout(x + (weight[:length] if positions is None else weight[positions]))
         elif positions is None:
             context.rotation = (self.cosines[:length], self.sines[:length])
@@ -350,6 +353,13 @@ def document_mask(document_ids: Tensor) -> Tensor:
     length = document_ids.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
     return (same & causal)[:, None]
+
+
+def positions_in_documents(document_ids: Tensor) -> Tensor:
+    """[B, T] -> [B, T]: how many tokens of its own document stand before each."""
+    places = torch.arange(document_ids.shape[1], device=document_ids.device).expand(document_ids.shape)
+    is_first = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
+    return places - (places * is_first).cummax(dim=1).values
 
 
 def count_parameters(config: ModelConfig, vocab_size: int) -> int:

@@ -20,6 +20,7 @@ from model.training import LossModule, choose_precision
 from pipeline import tracking
 from pipeline.artifacts import Artifact, Manifest
 from pipeline.config import Config, result_settings
+from pipeline.corpus.shards import holds_conversations
 from pipeline.registry import PROBE_TAG, measure_probe
 from pipeline.training.resources import set_threads, wants_gpu, worker_resources
 from pipeline.training.samples import write_samples
@@ -67,6 +68,7 @@ def score_checkpoint(config: Config, train: Artifact, shards: Artifact, device: 
         records = {name: record for name, record in manifest.files.items() if name.startswith("checkpoint/")}
         checkpoint = train.download(Path(folder), records) / "checkpoint"
         model = load_model(checkpoint, device=device).eval()
+        model.restarts_positions = holds_conversations(shards)
         tokenizer = load_tokenizer(checkpoint)
 
     options = config.evaluate

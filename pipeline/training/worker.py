@@ -96,6 +96,7 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
     # model: as it was in the newest whole checkpoint, or as it starts
     torch.manual_seed(plan.seed)
     model = GPT(plan.model, tokenizer.vocab_size)
+    model.restarts_positions = bool(plan.chat_template)  # a conversation is learnt as it will be served: alone
     if rank == 0:
         store.remove_unfinished()
     newest = agreement.from_rank_0(lambda: store.newest(scratch))

@@ -164,9 +164,16 @@ def test_held_out_conversations_are_scored_once_on_any_number_of_ranks(
     assert 30 <= learnt == few.num_tokens < 30 + CONTEXT
 
 
-def test_a_packed_batch_costs_what_its_conversations_cost_alone(artifact: Artifact, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["classic", "modern"])
+def test_a_packed_batch_costs_what_its_conversations_cost_alone(
+    artifact: Artifact, tmp_path: Path, family: str
+) -> None:
     torch.manual_seed(0)
-    model = GPT(ModelConfig(num_layers=2, width=32, num_heads=2, context_length=CONTEXT), TOKENIZER.vocab_size)
+    config = ModelConfig(family=family, num_layers=2, width=32, num_heads=2, context_length=CONTEXT)
+    model = GPT(config, TOKENIZER.vocab_size).eval()
+    model.restarts_positions = True
+    if model.position_embedding is not None:
+        torch.nn.init.normal_(model.position_embedding.weight)
     torch.nn.init.normal_(model.head.weight)
     for block in model.blocks:
         torch.nn.init.normal_(block.attention.output.weight, std=0.2)  # type: ignore[union-attr]

@@ -295,6 +295,7 @@ class ModelAnswer(BaseModel):
     bits_per_byte: float | None
     context_length: int
     vocabulary_size: int
+    chat: bool  # whether it has a chat template, and so answers at /v1/chat/completions
     weights: str  # how they are stored while serving
     probe_bits_per_byte: float  # on the probe text, of the weights as stored
     probe_bits_per_byte_change: float  # that, less the same of the weights as registered

@@ -258,6 +258,7 @@ class ServedModels:
             bits_per_byte=loaded.record.bits_per_byte,
             context_length=loaded.context_length,
             vocabulary_size=loaded.tokenizer.vocab_size,
+            chat=loaded.chat_template is not None,
             weights=version.backend.weights,
             probe_bits_per_byte=round(version.served_probe_bits_per_byte, 5),
             probe_bits_per_byte_change=round(version.served_probe_bits_per_byte - version.probe_bits_per_byte, 5),

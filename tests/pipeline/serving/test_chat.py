@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -259,7 +258,8 @@ def test_fields_without_a_meaning_here_are_taken(http: httpx.Client) -> None:
     assert answer.status_code == 200, answer.text
 
 
-def test_the_template_came_with_the_checkpoint(server: LocalServer, tmp_path: Path) -> None:
+def test_the_template_came_with_the_checkpoint(server: LocalServer, http: httpx.Client) -> None:
+    assert [model["chat"] for model in http.get("/v1/models").json()["data"]] == [True, True, True, False, True, True]
     loaded = [each.loaded.chat_template for each in server.models.versions]
     assert [None if each is None else type(each).__name__ for each in loaded] == [
         "OwnTemplate", None, "ForeignTemplate", "ForeignTemplate",

@@ -46,7 +46,8 @@ def can_grow() -> bool:
     status = get_cluster_status(ray.get_runtime_context().gcs_address)  # of the second one, which KubeRay starts
     nodes = status.active_nodes + status.idle_nodes
     has_types = any(node.ray_node_type_name != f"node_{node.node_id}" for node in nodes)
-    return status.stats.autoscaler_version not in (None, "", "0") and has_types
+    # Either sign is enough: who takes a cluster that grows for one that does not refuses to train.
+    return has_types or status.stats.autoscaler_version not in (None, "", "0")
 
 
 def wants_gpu(

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,3 +142,17 @@ def test_an_autoscaler_is_known_by_its_node_types(ray_session: None, monkeypatch
     assert resources.can_grow()
     monkeypatch.setattr("ray.experimental.internal_kv._internal_kv_get", told({"fff0": "node_fff0"}))
     assert not resources.can_grow()
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "grows"), [("gpu", "0", True), ("node_a1", "7", True), ("node_a1", "0", False)]
+)
+def test_kuberays_autoscaler_is_known_by_either_of_its_signs(
+    kind: str, version: str, grows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = SimpleNamespace(ray_node_type_name=kind, node_id="a1")
+    status = SimpleNamespace(active_nodes=[node], idle_nodes=[], stats=SimpleNamespace(autoscaler_version=version))
+    monkeypatch.setattr("ray.experimental.internal_kv._internal_kv_get", lambda key: None)
+    monkeypatch.setattr("ray.autoscaler.v2.sdk.get_cluster_status", lambda address: status)
+    monkeypatch.setattr(resources.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=""))
+    assert resources.can_grow() == grows

@@ -25,6 +25,8 @@ CHECKPOINT_SECONDS = 20.0
 # on GPUs is a minute with compiling: spot nodes trickle in, and should be taken together.
 RESIZE_SECONDS = {"cpu": 5.0, "cuda": 120.0}
 
+SILENT_SECONDS = 60.0  # of waiting for workers between two lines that say so
+
 
 def launch(plan: TrainingPlan) -> dict[str, Any]:
     """Train to the last step, restarts included; returns what rank 0 returned.
@@ -70,21 +72,31 @@ def attend(trainer: TorchTrainer, line: Any, screen: Screen) -> dict[str, Any]:
         except BaseException as error:
             outcome["error"] = error
 
-    def show_news() -> None:
-        for news in ray.get(line.listen.remote()):
+    def show_news() -> bool:
+        said = ray.get(line.listen.remote())
+        for news in said:
             if news.step:
                 screen.show_step(news.step, news.words, news.left)
             else:
                 screen.say(news.words)
+        return bool(said)
 
     # Not in the main thread: there `fit` would take over Ctrl-C and abort without a checkpoint.
     fitting = threading.Thread(target=fit, name="trainer", daemon=True)
     with caught_signals() as caught:
         fitting.start()
         asked_at = None
+        began, waits_told, are_there = time.monotonic(), 0, False
         while fitting.is_alive():
             fitting.join(0.25)
-            show_news()
+            are_there = show_news() or are_there
+            if not are_there and time.monotonic() - began > (waits_told + 1) * SILENT_SECONDS:
+                waits_told += 1
+                free = ray.available_resources()
+                screen.say(
+                    f"still waiting for the workers, after {time.monotonic() - began:.0f} s: free on the cluster are"
+                    f" {free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU"
+                )
             if caught and asked_at is None:
                 screen.say("stopping: writing a checkpoint first")
                 line.stop.remote()

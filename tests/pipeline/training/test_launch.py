@@ -1,42 +1,33 @@
-"""A plan is all that a training needs: no stage, no config file, no MLflow."""
-
-import math
+import io
 import time
-from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import torch
+import ray
 
-from model.checkpoint import WEIGHTS, save_model
-from model.gpt import GPT
-from model.tokenizer import load_tokenizer
-from pipeline.artifacts import artifact_at
-from pipeline.training.history import History
-from pipeline.training.launch import launch
-from pipeline.training.plan import plan_training
-from tests.pipeline.tiny_training import last_history, tiny_config, tiny_inputs
+from pipeline.training import launch
+from pipeline.training.line import Line
+from pipeline.training.screen import Screen
 
 
-def test_a_plan_alone_trains_from_weights_that_are_given(ray_session: None, storage: str, tmp_path: Path) -> None:
-    config = tiny_config(storage, "train.steps=3", "train.num_workers=1", "train.evaluate_every_steps=3")
-    inputs = tiny_inputs(config)
-    tokenizer = load_tokenizer(Path(inputs["tokenizer"].url))
-    torch.manual_seed(5)
-    model = GPT(config.model, tokenizer.vocab_size)
-    torch.nn.init.normal_(model.head.weight, std=0.5)
-    save_model(tmp_path / "start", model, tokenizer)
-    assert (tmp_path / "start" / WEIGHTS).is_file()
+def test_workers_that_do_not_come_are_told_of(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "SILENT_SECONDS", 0.5)
+    line, stream = ray.remote(num_cpus=0)(Line).remote(), io.StringIO()
 
-    def first_losses(start: str) -> History:
-        output = artifact_at(storage, "trial", "train", ("1" if start else "0") * 20)
-        plan = plan_training(config, inputs, output, tracking_uri="", mlflow_run_id="", started=time.time())
-        plan = replace(plan, start=start)
-        assert launch(plan)["unsent"] == []
-        return last_history(config, output)
+    def fit() -> SimpleNamespace:
+        deadline = time.monotonic() + 60
+        while "still waiting" not in stream.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        ray.get(line.say.remote("training on 1 worker"))
+        while "training on" not in stream.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        told = stream.getvalue()
+        time.sleep(1.5)  # silent, but the workers are there
+        assert stream.getvalue() == told
+        return SimpleNamespace(return_value={"steps": 1})
 
-    uniform = math.log(tokenizer.vocab_size)
-    assert first_losses("").validation[0][1] == pytest.approx(uniform, abs=0.1)
-    started = first_losses(str(tmp_path / "start"))
-    assert started.validation[0][1] > uniform + 0.2
-    assert (started.step, started.precision) == (3, "float32")
+    assert launch.attend(SimpleNamespace(fit=fit), line, Screen(1, stream)) == {"steps": 1}  # type: ignore[arg-type]
+    waits = [words for words in stream.getvalue().splitlines() if words.startswith("still waiting for the workers")]
+    assert waits
+    assert "free on the cluster are" in waits[0]
+    assert " CPU and 0 GPU" in waits[0]

@@ -1,6 +1,9 @@
-"""Make the trained model a version in MLflow's registry.
+"""Make the trained model a version in MLflow's registry, and its champion if it is the better one.
 
-python -m jobs.register jobs/presets/demo.yaml [section.key=value ...]
+    python -m jobs.register jobs/presets/demo.yaml [section.key=value ...] [--force]
+
+What `register.gate` refuses has the alias `challenger`. With `--force` it becomes the champion all the same, and says
+so in its tags.
 """
 
 import sys
@@ -8,4 +11,5 @@ import sys
 from jobs.command import run_stage
 
 if __name__ == "__main__":
-    sys.exit(run_stage("register", __doc__))
+    words = ["register.force=true" if word == "--force" else word for word in sys.argv[1:]]
+    sys.exit(run_stage("register", __doc__, words))

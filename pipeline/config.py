@@ -4,6 +4,8 @@
 
 A field declared with `setting(..., affects_result=False)` says how to compute, not what: it stays out of
 the fingerprints, so changing it re-runs nothing. `__post_init__` checks and never edits.
+
+Long because all settings stand in one place, each with its meaning and its check.
 """
 
 import dataclasses
@@ -224,6 +226,11 @@ class EvaluateConfig:
     batch_sequences: int = setting(16, "sequences scored at once", affects_result=False)
     prompts: list[str] = setting(["The ", "In the year", "She said"], "what the model completes for its samples")
     sample_tokens: int = setting(100, "tokens in each sample")
+    tasks: list[str] = setting(
+        [],
+        "tasks: blimp, lambada_openai, arc_easy, hellaswag, piqa, wikitext2, name=file, or a file of your own",
+        added_later=True,
+    )
 
     def __post_init__(self) -> None:
         require(self.max_tokens >= 0, "evaluate.max_tokens cannot be negative.")
@@ -231,10 +238,22 @@ class EvaluateConfig:
         require(self.sample_tokens > 0, "evaluate.sample_tokens must be positive.")
 
 
+GATES = ("better", "not_worse", "always")
+CHALLENGER = "challenger"  # the alias of the version that was refused last
+
+
 @dataclass(frozen=True)
 class RegisterConfig:
     model_name: str = setting("", "the registered model's name in MLflow; empty: the pipeline's name")
-    alias: str = setting("champion", "the alias that the new version takes", affects_result=False)
+    alias: str = setting("champion", "the alias that the new version takes, if it earns it", affects_result=False)
+    gate: str = setting(
+        "better", "what a version must be to take the alias: better, not_worse, or always anything", added_later=True
+    )
+    least_gain: float = setting(0.001, "bits per byte that count as better, or as worse", added_later=True)
+    gate_documents: int = setting(
+        1000, "held-out documents that both versions are measured on, at most", added_later=True
+    )
+    force: bool = setting(False, "take the alias whatever the gate says; that is recorded", affects_result=False)
 
     def __post_init__(self) -> None:
         # MLflow's own rules, said before hours of training and not after.
@@ -247,6 +266,12 @@ class RegisterConfig:
             and re.fullmatch(r"latest|v\d+", self.alias, re.IGNORECASE) is None,
             f"register.alias is {self.alias!r}; use letters, digits, '_' and '-', and neither 'latest' nor 'v1'.",
         )
+        require(
+            self.alias != CHALLENGER, f"register.alias cannot be {CHALLENGER!r}: a version that is refused takes it."
+        )
+        _check_choice("register.gate", self.gate, GATES)
+        require(self.least_gain >= 0, "register.least_gain cannot be negative.")
+        require(self.gate_documents > 0, "register.gate_documents must be positive.")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Score the trained model on held-out text: bits per byte, and samples a person can read.
+"""Score the trained model: bits per byte of held-out text, tasks, and samples a person can read.
 
 python -m jobs.evaluate jobs/presets/demo.yaml
 """
@@ -13,45 +13,84 @@ from typing import Any
 import mlflow
 import ray
 
-from model.checkpoint import load_model
 from model.scoring import score_batches
-from model.tokenizer import load_tokenizer
 from model.training import LossModule, choose_precision
 from pipeline import tracking
-from pipeline.artifacts import Artifact, Manifest
+from pipeline.artifacts import Artifact, FileRecord, Manifest
 from pipeline.config import Config, result_settings
 from pipeline.corpus.shards import holds_conversations
+from pipeline.evaluation import report
+from pipeline.evaluation.spread import Place, ask, load
+from pipeline.evaluation.tasks import load_task, parse_entries
 from pipeline.registry import PROBE_TAG, measure_probe
 from pipeline.training.resources import set_threads, wants_gpu, worker_resources
 from pipeline.training.samples import write_samples
 from pipeline.training.validation import open_validation
 
 FORMAT_VERSION = 1
+FIRST_TAG = "evaluation"  # of a training's run: the fingerprint of the evaluation whose figures are its headline
 
 
 def settings(config: Config) -> dict[str, Any]:
+    parse_entries(config.evaluate.tasks)  # asked for before anything runs: a wrong name is known now
     return result_settings(config.evaluate) | {"seed": config.seed}
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Manifest:
-    """Score the checkpoint on a worker, write `evaluation.json`, and add the figures to the training's MLflow run."""
+    """Score the checkpoint on workers, write `evaluation.json`, and add the figures to the training's MLflow run."""
     trained = inputs["train"].manifest()
     assert trained is not None
     tracking.connect(config)
+    tasks = [load_task(entry) for entry in config.evaluate.tasks]
     use_gpu = wants_gpu(config.train, workers=1, had_gpu=trained.counts.get("device") == "cuda")
-    resources = worker_resources(config.train, use_gpu)
-    score = ray.remote(score_checkpoint).options(num_gpus=resources.get("GPU", 0), num_cpus=resources["CPU"])
-    result = ray.get(score.remote(config, inputs["train"], inputs["prepare"], "cuda" if use_gpu else "cpu"))
+    place = Place.of(trained, config.train, use_gpu, worker_resources(config.train, use_gpu))
+    score = ray.remote(score_checkpoint).options(num_gpus=place.gpus, num_cpus=place.cpus)
+    result = ray.get(score.remote(config, inputs["train"], inputs["prepare"], place.device))
+    files: dict[str, FileRecord] = {}
+    pictures: dict[str, bytes] = {}
+    if tasks:
+        answers = ask(inputs["train"], tasks, place)
+        result["tasks"] = {task.name: report.describe(task, said) for task, said in zip(tasks, answers, strict=True)}
+        for task, said in zip(tasks, answers, strict=True):
+            files |= report.write_answers(output, task, said)
+            print(f"evaluate  {report.say(task.name, result['tasks'][task.name])}")
+        pictures["tasks.png"] = report.draw(result["tasks"], title=f"{config.name}, training {trained.fingerprint[:8]}")
 
-    text = json.dumps(result, indent=1, ensure_ascii=False)
-    record = output.write_text("evaluation.json", text + "\n")
-    with mlflow.start_run(run_id=tracking.find_run(config, inputs["train"])):
-        mlflow.log_metrics({"evaluate/bits_per_byte": result["bits_per_byte"], "evaluate/loss": result["loss"]})
-        mlflow.log_text(text, "evaluation.json")
-    return output.commit(
-        counts={name: value for name, value in result.items() if name != "samples"},
-        files={"evaluation.json": record},
-    )
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    contents = {"evaluation.json": text.encode(), **pictures}
+    files |= {name: output.write_bytes(name, content) for name, content in contents.items()}
+    figures = {"bits_per_byte": result["bits_per_byte"], "loss": result["loss"]}
+    figures |= report.name_metrics(result.get("tasks", {}))
+    log_evaluation(tracking.find_run(config, inputs["train"]), output.fingerprint, figures, contents)
+    counts = {name: value for name, value in result.items() if name not in ("samples", "tasks")}
+    if tasks:
+        counts["tasks"] = {
+            name: {key: value for key, value in described.items() if key != "groups"}
+            for name, described in result["tasks"].items()
+        }
+    return output.commit(counts, files)
+
+
+def log_evaluation(run_id: str, fingerprint: str, figures: Mapping[str, float], files: Mapping[str, bytes]) -> None:
+    """Add figures and files to a training's run, never in the place of earlier ones.
+
+    The first evaluation's are `evaluate/…`, another one's `evaluate-<fingerprint>/…`, and the same one again goes on
+    as the next step.
+    """
+    client = mlflow.MlflowClient()
+    known = client.get_run(run_id).data
+    first = known.tags.get(FIRST_TAG)
+    if first is None and "evaluate/bits_per_byte" not in known.metrics:
+        client.set_tag(run_id, FIRST_TAG, fingerprint)
+        first = fingerprint
+    prefix = "evaluate" if first == fingerprint else f"evaluate-{fingerprint[:8]}"
+    step = len(client.get_metric_history(run_id, f"{prefix}/bits_per_byte"))
+    folder = "" if prefix == "evaluate" and step == 0 else f"evaluations/{fingerprint[:8]}-{step}"
+    with mlflow.start_run(run_id=run_id), tempfile.TemporaryDirectory() as temporary:
+        mlflow.log_metrics({f"{prefix}/{name}": value for name, value in figures.items()}, step=step)
+        for name, content in files.items():
+            (Path(temporary) / name).write_bytes(content)
+        mlflow.log_artifacts(temporary, folder or None)
 
 
 def score_checkpoint(config: Config, train: Artifact, shards: Artifact, device: str = "cpu") -> dict[str, Any]:
@@ -59,18 +98,13 @@ def score_checkpoint(config: Config, train: Artifact, shards: Artifact, device: 
 
     Attention, precision, threads and the cache of decoded shards are the training's.
     """
-    manifest = train.manifest()
-    assert manifest is not None
     set_threads(config.train.threads_per_worker, 1)
     # What `auto` came to on the machine that trained; checkpoints of earlier code do not say.
-    precision = choose_precision(manifest.counts.get("precision") or config.train.precision, device)
-    with tempfile.TemporaryDirectory() as folder:
-        records = {name: record for name, record in manifest.files.items() if name.startswith("checkpoint/")}
-        checkpoint = train.download(Path(folder), records) / "checkpoint"
-        model = load_model(checkpoint, device=device).eval()
-        model.restarts_positions = holds_conversations(shards)
-        tokenizer = load_tokenizer(checkpoint)
-
+    trained = train.manifest()
+    assert trained is not None
+    precision = choose_precision(trained.counts.get("precision") or config.train.precision, device)
+    model, tokenizer = load(train, device)
+    model.restarts_positions = holds_conversations(shards)
     options = config.evaluate
     stream = open_validation(
         shards,

@@ -31,6 +31,8 @@ CURVES = {  # what the card calls it -> the metric of the training's run
     "bits per byte": "validation/bits_per_byte",
 }
 PROBE_TAG = "probe_text_bits_per_byte"
+GATE_TAG = "gate_reason"  # of a version: why it took the alias, or did not
+REFUSED_TAG = "refused_challenger"  # of the version that kept the alias: what was refused last, and why
 # Plain English and a little code, for any model to be surprised by: what matters is that the surprise is the same.
 PROBE_TEXT = """\
 The river rose in the night, and by morning the lower road was under water. Nobody in the village was
@@ -60,6 +62,14 @@ class VersionRecord:
     @property
     def bits_per_byte(self) -> float | None:
         return _number(self.tags.get("bits_per_byte"))
+
+    @property
+    def gate_reason(self) -> str:
+        return self.tags.get(GATE_TAG, "")
+
+    @property
+    def refused_challenger(self) -> str:
+        return self.tags.get(REFUSED_TAG, "")
 
     @property
     def probe_bits_per_byte(self) -> float | None:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-GATES = ("better", "not_worse", "always")
 LEVEL = 0.01  # one-sided: how often a gate may be wrong
 # Percentiles of a resampled mean are too narrow where it has few terms, and one document may decide.
 FEWEST_DOCUMENTS = 50
@@ -124,15 +123,9 @@ def decide(gate: str, gain: Gain, changes: Sequence[Change] = (), *, least_gain:
     """Apply a gate.
 
     `better`: the gain is at least `least_gain` and shown (one-sided p < 0.01), and no task is shown to be worse.
-    `not_worse`: neither a loss of `least_gain` nor a worse task is shown. `always`: anything passes, and is told of.
+    `not_worse`: neither a loss of `least_gain` nor a worse task is shown.
     """
-    decision = _decide(gain, changes, least_gain, accepts_equal=gate == "not_worse")
-    if gate == "always":
-        return Decision(True, f"every version passes register.gate=always; {decision.reason}", decision.undecided)
-    return decision
-
-
-def _decide(gain: Gain, changes: Sequence[Change], least_gain: float, accepts_equal: bool) -> Decision:
+    accepts_equal = gate == "not_worse"
     where = f"{gain} over {gain.documents:,} documents"
     if gain.documents < FEWEST_DOCUMENTS:
         return Decision(

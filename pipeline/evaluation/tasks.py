@@ -95,6 +95,16 @@ def parse_entry(entry: str) -> tuple[str, str]:
     return name, where
 
 
+def parse_entries(entries: Sequence[str]) -> list[tuple[str, str]]:
+    """Split every entry; raises `ValueError` where two have one name, under which their figures would meet."""
+    parsed = [parse_entry(entry) for entry in entries]
+    names = [name for name, _ in parsed]
+    double = next((name for name in names if names.count(name) > 1), None)
+    if double is not None:
+        raise ValueError(f"Two tasks are called {double!r}; name one of them: name=file.")
+    return parsed
+
+
 def subset(items: Sequence[Item], count: int) -> list[Item]:
     """Choose items by a hash of their text: always the same, in a fixed order, whatever the others are."""
 

@@ -300,6 +300,8 @@ class ModelAnswer(BaseModel):
     probe_bits_per_byte: float  # on the probe text, of the weights as stored
     probe_bits_per_byte_change: float  # that, less the same of the weights as registered
     last_swap_error: str | None
+    gate_reason: str | None  # why the version has its alias
+    refused_challenger: str | None  # which version the gate refused to put in its place last, and why
 
 
 class ModelList(BaseModel):

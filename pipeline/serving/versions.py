@@ -10,7 +10,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,7 @@ class ServedModels:
             return
         if record.version == seat.version.record.version:
             seat.forgive()
+            seat.version.loaded = replace(seat.version.loaded, record=record)  # its tags say what is new about it
             return
         if record.version == seat.refused or (record.version == seat.failed and time.monotonic() < seat.retry_at):
             return
@@ -263,6 +264,8 @@ class ServedModels:
             probe_bits_per_byte=round(version.served_probe_bits_per_byte, 5),
             probe_bits_per_byte_change=round(version.served_probe_bits_per_byte - version.probe_bits_per_byte, 5),
             last_swap_error=seat.swap_error,
+            gate_reason=loaded.record.gate_reason or None,
+            refused_challenger=loaded.record.refused_challenger or None,
         )
 
 

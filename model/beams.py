@@ -49,6 +49,23 @@ class Beams:
     def prompt_logprobs(self) -> list[TokenLogprob]:
         return self.prompt.prompt_logprobs
 
+    # Beams have each a slot of their own text: no prompt is taken from before, and none is left behind.
+
+    @property
+    def reused_tokens(self) -> int:
+        return 0
+
+    @property
+    def reusable_prompt(self) -> list[int]:
+        return []
+
+    @property
+    def held_prompt(self) -> list[int]:
+        return []
+
+    def reuse_prompt(self, num_tokens: int) -> None:
+        raise AssertionError("no slot holds a prompt for beams")
+
     @property
     def mean_logprob(self) -> float:
         """Log-probability per token of the best text that has ended."""

@@ -82,7 +82,7 @@ class Engine:
         self.cache_bytes_per_token = cache_bytes_per_token(model.config, self.runner.cache_dtype)
         self.scheduler = Scheduler(self.runner.num_slots, self.settings.max_queue, self.settings.prefill_chunk_tokens)
         self._totals = dict.fromkeys(
-            ("steps", "prompt_tokens", "generated_tokens", "drafted_tokens", "accepted_tokens"), 0
+            ("steps", "prompt_tokens", "reused_tokens", "generated_tokens", "drafted_tokens", "accepted_tokens"), 0
         )
 
     # -- What callers do ---------------------------------------------------------------------------------------------
@@ -179,6 +179,7 @@ class Engine:
         if task.in_prompt:
             return []
         group.prompt_reader = None
+        self._totals["reused_tokens"] += task.reused_tokens
         ready = [Ready(group, task, logits[-1:])]
         for other in group.tasks:
             if other.slots and other.in_prompt:  # it waited for this prompt
@@ -224,7 +225,7 @@ class Engine:
         self._totals["drafted_tokens"] += advance.drafted
         self._totals["accepted_tokens"] += max(advance.generated - 1, 0)
         if task.finish_reason is not None:
-            self.scheduler.release(task)
+            self.scheduler.release(task, group.request.owner)
         chunks = group.take_chunks(task)
         if group.is_done:
             self.scheduler.end(group)
@@ -241,7 +242,7 @@ class Engine:
             for task in group.tasks:
                 for slot in task.slots:
                     self.runner.clear(slot)
-        self.scheduler.end(group)
+        self.scheduler.end(group, keep=reason != "error")
         return group.end(reason, error)
 
     def _check(self, request: GenerationRequest) -> None:

@@ -5,6 +5,8 @@
     for one in scheduler.schedule(): ...        # what one pass of the model runs
     scheduler.release(task); scheduler.end(group)
 
+A slot that is free keeps what it holds of a prompt, and the next prompt that begins so does not read it again.
+
 A request is a `SequenceGroup`: tasks that share its prompt. A task holds slots and goes on step by step; it is one
 text (`Sequence`) or all beams of a search (`Beams`).
 """
@@ -33,6 +35,10 @@ class Task(Protocol):
         """The prompt's tokens with their log-probabilities, where `echo` asks for them."""
 
     @property
+    def reused_tokens(self) -> int:
+        """Tokens of the prompt that its slot held from before."""
+
+    @property
     def num_slots(self) -> int:
         """Slots that the task needs, all at once."""
 
@@ -53,6 +59,17 @@ class Task(Protocol):
 
     def read_prompt(self, num_tokens: int, logits: Tensor) -> None:
         """Note that so many more tokens of the prompt have run and gave these logits [rows, V]."""
+
+    @property
+    def reusable_prompt(self) -> list[int]:
+        """The prompt as far as a slot may hold it from before."""
+
+    @property
+    def held_prompt(self) -> list[int]:
+        """What of the prompt each slot holds; empty where they hold different texts."""
+
+    def reuse_prompt(self, num_tokens: int) -> None:
+        """Note that the first slot holds so much of the prompt from before."""
 
     def share_prompt(self, reader: "Task") -> None:
         """Note that the slot holds the whole prompt, copied from the task that has read it."""
@@ -111,6 +128,14 @@ class SequenceGroup:
 
 
 @dataclass(frozen=True)
+class Held:
+    """What a free slot still holds: the beginning of a prompt, read in whole chunks, and whose it was."""
+
+    owner: str
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
 class Scheduled:
     """A task that runs in this step, and what of it."""
 
@@ -126,7 +151,8 @@ class Scheduler:
         self.num_slots = num_slots
         self.max_queue = max_queue
         self.prefill_chunk_tokens = prefill_chunk_tokens
-        self._free = list(range(num_slots))
+        self._free = list(range(num_slots))  # the one that was freed last at the end
+        self._held: dict[int, Held] = {}  # of free slots
         self._arrivals: deque[SequenceGroup] = deque()  # added, and not yet taken in by a step
         self._cancelled: deque[str] = deque()
         self._groups: dict[str, SequenceGroup] = {}  # all that were taken in and have not ended
@@ -211,16 +237,24 @@ class Scheduler:
             scheduled.append(Scheduled(group, task, work))
         return scheduled
 
-    def release(self, task: Task) -> None:
-        """Free the slots of a task that has ended."""
+    def release(self, task: Task, owner: str = "", keep: bool = True) -> None:
+        """Free the slots of a task that has ended; what they hold of its prompt may serve the next one, if `keep`.
+
+        Whole chunks alone: they are computed again in the same way, so an answer has the same bits with and without
+        them. What was generated, token by token, or read in a shorter last chunk has not.
+        """
+        whole = len(task.held_prompt) // self.prefill_chunk_tokens * self.prefill_chunk_tokens
+        for slot in task.slots:
+            if keep and whole:
+                self._held[slot] = Held(owner, task.held_prompt[:whole])
         self._free += task.slots
         task.slots = []
         self._running = [running for running in self._running if running[1] is not task]
 
-    def end(self, group: SequenceGroup) -> None:
+    def end(self, group: SequenceGroup, keep: bool = True) -> None:
         """Forget a request, and free what its tasks hold."""
         for task in group.tasks:
-            self.release(task)
+            self.release(task, group.request.owner, keep)
         self._queue = deque(each for each in self._queue if each is not group)
         self._unplaced = deque(each for each in self._unplaced if each[0] is not group)
         group.ended = True
@@ -236,7 +270,33 @@ class Scheduler:
             if not self._unplaced:
                 self._unplaced.extend((group, each) for each in self._queue.popleft().tasks)
             self._unplaced.popleft()
-            task.slots = [self._free.pop() for _ in range(task.num_slots)]
             if group.prompt_reader is None:
                 group.prompt_reader = task
+                task.slots = self._take_prefix(group.request.owner, task)
+            task.slots += [self._take_empty() for _ in range(task.num_slots - len(task.slots))]
             self._running.append((group, task))
+
+    def _take_prefix(self, owner: str, task: Task) -> list[int]:
+        """Take the free slot that holds the longest beginning of a task's prompt; none where there is none."""
+        prompt, best, slot = task.reusable_prompt, 0, -1
+        for candidate in self._free:
+            held = self._held.get(candidate)
+            if held is not None and held.owner == owner:
+                count = min(len(held.tokens), len(prompt)) // self.prefill_chunk_tokens * self.prefill_chunk_tokens
+                while held.tokens[:count] != prompt[:count]:
+                    count -= self.prefill_chunk_tokens
+                if count > best:
+                    best, slot = count, candidate
+        if not best:
+            return []
+        self._free.remove(slot)
+        del self._held[slot]
+        task.reuse_prompt(best)
+        return [slot]
+
+    def _take_empty(self) -> int:
+        """Take the free slot that is least likely to serve again: one that holds nothing, or the one freed first."""
+        slot = next((each for each in reversed(self._free) if each not in self._held), self._free[0])
+        self._free.remove(slot)
+        self._held.pop(slot, None)
+        return slot

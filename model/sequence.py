@@ -26,6 +26,7 @@ class GenerationRequest:
     prompt_tokens: list[int]
     settings: SamplingSettings
     deadline: float | None = None  # on the clock of time.monotonic()
+    owner: str = ""  # only requests of one owner share what of a prompt was read before
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Chunk:
     logprobs: list[TokenLogprob] | None
     finish_reason: FinishReason | None
     is_prompt: bool = False
+    reused_tokens: int = 0  # of the prompt, which a request before had read
     error: str = ""
 
 
@@ -127,6 +129,7 @@ class Sequence:
         self.prompt_length = len(request.prompt_tokens)
         self.tokens = list(request.prompt_tokens)
         self.num_cached = 0
+        self.reused_tokens = 0  # of the prompt, which its slot held from before
         self.slots: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._echoed = False
@@ -182,6 +185,20 @@ class Sequence:
         if self.wants_prompt_logprobs:
             following = self.tokens[start + 1 : self.num_cached + 1]
             self.prompt_logprobs += token_logprobs(logits[: len(following)], following, self.settings.logprobs or 0)
+
+    @property
+    def reusable_prompt(self) -> list[int]:
+        """The prompt as far as its keys and values may come from before; its last token has to run for its logits."""
+        return [] if self.wants_prompt_logprobs else self.request.prompt_tokens[:-1]
+
+    @property
+    def held_prompt(self) -> list[int]:
+        """What of the prompt the slots hold."""
+        return self.request.prompt_tokens[: self.num_cached]
+
+    def reuse_prompt(self, num_tokens: int) -> None:
+        """Note that the slot holds so much of the prompt from before."""
+        self.num_cached = self.reused_tokens = num_tokens
 
     def share_prompt(self, reader: "Task") -> None:
         """Note that the slot holds the whole prompt, copied from the task that has read it."""
@@ -261,7 +278,8 @@ class Sequence:
             logprobs = [pending.logprob for pending in out if pending.logprob is not None]
         text, self._certain = self._certain, ""
         tokens = [pending.token for pending in out]
-        return Chunk(self.request.request_id, index, text, tokens, logprobs, self.finish_reason)
+        name, reason, reused = self.request.request_id, self.finish_reason, self.reused_tokens
+        return Chunk(name, index, text, tokens, logprobs, reason, reused_tokens=reused)
 
     def _append(self, token: int, logprob: TokenLogprob | None) -> None:
         if logprob is not None and logprob.logprob is not None:

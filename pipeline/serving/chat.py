@@ -248,7 +248,7 @@ async def chat(service: Service, body: ChatRequest, request: Request) -> Respons
     if room < 1:
         raise conversation_too_long(str(len(prompt)), version.loaded.context_length)
     completion = body.as_completion(prompt, room, version.loaded.chat_template.stops)
-    return await respond(service, await check(service, completion, began), request, ChatAnswer)
+    return await respond(service, await check(service, completion, began, request), request, ChatAnswer)
 
 
 async def render(messages: list[Message], version: LiveVersion) -> list[int]:

@@ -70,7 +70,7 @@ class CheckedRequest:
 
 async def complete(service: Service, body: CompletionRequest, request: Request) -> Response:
     """Check, admit, generate, answer."""
-    return await respond(service, await check(service, body, time.monotonic()), request, Answer)
+    return await respond(service, await check(service, body, time.monotonic(), request), request, Answer)
 
 
 async def respond(service: Service, asked: CheckedRequest, request: Request, kind: type["Answer"]) -> Response:
@@ -126,7 +126,7 @@ async def unless_left(request: Request, work: Coroutine[Any, Any, Result]) -> Re
         leaving.cancel()
 
 
-async def check(service: Service, body: CompletionRequest, began: float) -> CheckedRequest:
+async def check(service: Service, body: CompletionRequest, began: float, request: Request) -> CheckedRequest:
     """Turn a body into engine requests; raises `ApiError` for what cannot be answered."""
     body.check()
     model_id, version = service.models.find(body.model)
@@ -135,11 +135,13 @@ async def check(service: Service, body: CompletionRequest, began: float) -> Chec
     settings_for(1)  # what is wrong with it is known before a prompt is tokenized
     request_id = uuid.uuid4().hex
     deadline = began + service.deadline_seconds
+    key: ApiKey | None = request.scope["api_key"]
+    owner = key.name if key else ""
     prompts: list[list[int]] = []
     requests: list[GenerationRequest] = []
     async for prompt in read_prompts(body, version):
         settings = settings_for(choose_max_tokens(body, len(prompt), context_length))
-        requests.append(GenerationRequest(f"{request_id}-{len(prompts)}", prompt, settings, deadline))
+        requests.append(GenerationRequest(f"{request_id}-{len(prompts)}", prompt, settings, deadline, owner))
         prompts.append(prompt)
     return CheckedRequest(body, model_id, version, prompts, requests, request_id, began)
 
@@ -252,6 +254,7 @@ class Answer:
         self._offsets: dict[int, TextOffsets] = {}  # by choice
         self._name = cache(partial(name_token, asked.tokenizer))
         self._generated = 0
+        self._reused: dict[str, int] = {}  # by request: tokens of its prompt that need not be read again
         self._first_token_at = 0.0
         self._closed = False
 
@@ -320,6 +323,7 @@ class Answer:
             raise ApiError(504, "The answer was not finished by its deadline.", code="deadline_exceeded")
         if chunk.finish_reason in ("error", "cancelled"):
             raise ApiError(500, f"The engine gave this request up: {chunk.error or chunk.finish_reason}.")
+        self._reused[chunk.request_id] = max(chunk.reused_tokens, self._reused.get(chunk.request_id, 0))
         body = self._asked.body
         scoring = body.max_tokens == 0  # only the prompt was asked for; the engine had to add one token
         if not chunk.is_prompt and chunk.tokens and not scoring:
@@ -353,13 +357,14 @@ class Answer:
         return self._offsets[index]
 
     @property
-    def usage(self) -> dict[str, int]:
-        prompt_tokens = sum(map(len, self._asked.prompts))
-        return {
+    def usage(self) -> dict[str, Any]:
+        prompt_tokens, cached_tokens = sum(map(len, self._asked.prompts)), sum(self._reused.values())
+        counts = {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": self._generated,
             "total_tokens": prompt_tokens + self._generated,
         }
+        return counts | ({"prompt_tokens_details": {"cached_tokens": cached_tokens}} if cached_tokens else {})
 
     def close(self, status: int) -> None:
         """Leave the engine, and count what happened."""

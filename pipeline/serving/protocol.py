@@ -248,10 +248,15 @@ class Choice(BaseModel):
     finish_reason: Literal["stop", "length"] | None
 
 
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int  # read for a request before, by the same key, and not again
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = None  # absent where all was read
 
 
 class Completion(BaseModel):

@@ -12,6 +12,7 @@ import pytest
 from model.chat import CHAT_TEMPLATE, OwnTemplate, encode
 from pipeline.config import ServeConfig
 from pipeline.serving.chat import ChatRequest
+from tests.pipeline.serving.asking import Start
 from tests.pipeline.serving.local_server import LocalServer
 from tests.pipeline.tiny_registry import make_registry, tiny_tokenizer
 
@@ -246,6 +247,19 @@ def test_half_a_character_is_refused(http: httpx.Client) -> None:
     refused = http.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     assert refused.status_code == 400
     assert "half of a surrogate pair" in refused.json()["error"]["message"]
+
+
+def test_usage_names_what_was_not_read_again(start: Start) -> None:
+    url = start(prefill_chunk_tokens=8).url
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        ask: dict[str, Any] = {"model": "tiny", "prompt": "Return a new list of the sorted items. " * 2, "seed": 1}
+        first, again = (client.completions.create(**ask, max_tokens=9) for _ in range(2))
+    assert first.choices == again.choices
+    assert first.usage is not None
+    assert again.usage is not None
+    assert first.usage.prompt_tokens_details is None
+    assert again.usage.prompt_tokens_details is not None
+    assert again.usage.prompt_tokens_details.cached_tokens == (first.usage.prompt_tokens - 1) // 8 * 8
 
 
 def test_fields_without_a_meaning_here_are_taken(http: httpx.Client) -> None:

@@ -203,6 +203,10 @@ def check_cluster_answers(address: str, seconds: float = 10.0) -> None:
             f" Jobs are sent to a dashboard with `python -m jobs.submit`, which reads RAY_API_SERVER_ADDRESS."
         )
     place = address.removeprefix("ray://")
+    if ":" not in place and address not in ("auto", "local"):
+        raise ValueError(
+            f"RAY_ADDRESS={address} names no port: write HOST:6379, or unset RAY_ADDRESS to run on this machine."
+        )
     if ":" not in place or os.environ.get("RAY_USE_TLS", "0") != "0":
         return  # `auto` and `local` name no place, and a head behind TLS wants keys
     with grpc.insecure_channel(place, options=[("grpc.enable_http_proxy", 0)]) as channel:

@@ -29,12 +29,24 @@ def read_preset(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"It is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"It is not valid YAML: {' '.join(str(error).split())}.") from None
+        raise ValueError(f"It is not valid YAML{_place(error)}.") from None
     require(loaded is None or isinstance(loaded, dict), "It is not a YAML mapping of settings.")
     values: dict[str, Any] = {}
     for key, given in (loaded or {}).items():
-        values |= {f"{key}.{name}": value for name, value in given.items()} if isinstance(given, dict) else {key: given}
+        inner = {f"{key}.{name}": value for name, value in given.items()} if isinstance(given, dict) else {key: given}
+        for name, value in inner.items():
+            require(name not in values, f"{name!r} stands there twice, as a line and in its section; keep one.")
+            values[name] = value
     return values
+
+
+def _place(error: yaml.YAMLError) -> str:
+    """Where a file stops being YAML, and why; the parser's own text shows the file's lines and no name."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        return f"{place}: {' '.join(filter(None, (error.context, error.problem)))}"
+    return f": {' '.join(str(error).split())}"
 
 
 class YamlWriter(yaml.SafeDumper):
@@ -55,6 +67,7 @@ class _Texts(yaml.BaseLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             line = key.start_mark.line + 1
+            require(isinstance(key, yaml.ScalarNode), f"The key in line {line} is no text; put it into quotes.")
             require(key.value not in seen, f"{key.value!r} stands there twice, again in line {line}; keep one.")
             seen.add(key.value)
         return super().construct_mapping(node, deep)

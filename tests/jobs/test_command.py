@@ -133,6 +133,12 @@ def test_a_wrong_cluster_address_is_said_within_seconds(ray_session):
         check_cluster_answers("http://127.0.0.1:8265")
 
 
+@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1", "ray://head"])
+def test_a_cluster_address_without_a_port_is_told_which_to_write(address):
+    with pytest.raises(ValueError, match=rf"RAY_ADDRESS={address} names no port: write HOST:6379"):
+        check_cluster_answers(address)
+
+
 def test_a_machine_on_which_the_dashboard_starts_late_gets_a_second_try(monkeypatch):
     import ray
 

@@ -119,7 +119,11 @@ def test_numbers_switches_and_ranges_are_read_as_people_write_them():
     ("content", "sentence"),
     [
         (b"- a list", "It is not a YAML mapping of settings"),
-        (b"train: {steps: [", "It is not valid YAML"),
+        (b"train: {steps: [", "It is not valid YAML in line 1, column 17: while parsing a flow node expected"),
+        (b"name: x\ntrain:\n\tsteps: 3", "It is not valid YAML in line 3, column 1: while scanning for the next token"),
+        (b"name: a\0b", "It is not valid YAML: unacceptable character #x0000"),
+        (b"train:\n  ? [steps, run]\n  : 3", "The key in line 2 is no text"),
+        (b"train.steps: 3\ntrain: {steps: 4}", "'train.steps' stands there twice"),
         (b"train:\n  stepz: 3", "Did you mean 'train.steps'?"),
         (b"train:\n  steps: [3]", "train.steps is ['3']; it takes a whole number"),
         (b"train:\n  steps: 3\nname: x\ntrain:\n  run: x", "'train' stands there twice, again in line 4"),

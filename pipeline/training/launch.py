@@ -101,7 +101,7 @@ def attend(trainer: TorchTrainer, line: Any, screen: Screen) -> dict[str, Any]:
                 screen.say("stopping: writing a checkpoint first")
                 line.stop.remote()
                 asked_at = time.monotonic()
-            if len(caught) > 1:
+            if len(caught) > 1 or (caught and ray.get(line.has_stopped.remote())):
                 break
             if asked_at is not None and time.monotonic() - asked_at > CHECKPOINT_SECONDS:
                 screen.say(

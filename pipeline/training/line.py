@@ -29,6 +29,7 @@ class Line:
         self._stopping = False
         self._asked_saves = 0  # wishes for a checkpoint, counted
         self._saved = 0  # the last wish that is fulfilled
+        self._stopped = False
 
     def say(self, words: str) -> None:
         self._news.append(News(words))
@@ -61,6 +62,13 @@ class Line:
 
     def saved(self) -> int:
         return self._saved
+
+    def note_stopped(self) -> None:
+        """Say that all that the wish to stop asked for is done: the driver need not wait for the workers' end."""
+        self._stopped = True
+
+    def has_stopped(self) -> bool:
+        return self._stopped
 
     def note_failure(self, reason: str) -> None:
         self._failures.append(reason)

@@ -219,7 +219,12 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
         gc.enable()
         stream.close()
         shutil.rmtree(scratch, ignore_errors=True)
-    return {} if report is None else report.finish(in_haste=stopping)
+    if report is None:
+        return {}
+    result = report.finish(in_haste=stopping)
+    if stopping:
+        ray.get(line.note_stopped.remote())
+    return result
 
 
 def keep_precision(before: str, setting: str, device: torch.device) -> str:

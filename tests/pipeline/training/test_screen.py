@@ -55,3 +55,12 @@ def test_what_cannot_be_mended_is_not_told_as_a_restart(is_fatal: bool) -> None:
         [] if is_fatal else ["a worker failed (rank 0: OSError); going on from the last checkpoint"]
     )
     assert line.fatal() == ("No space left." if is_fatal else None)
+
+
+def test_the_driver_learns_when_a_stop_is_done() -> None:
+    line = Line()
+    line.stop()
+    assert line.wishes() == (True, 0)
+    assert not line.has_stopped()
+    line.note_stopped()
+    assert line.has_stopped()

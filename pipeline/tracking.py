@@ -84,7 +84,7 @@ def connect(config: Config) -> str:
 
 
 def is_outage(error: BaseException | None) -> bool:
-    """Whether an error means that the MLflow server, which had answered before, did not; not that it refused."""
+    """Tell whether MLflow, which had answered before, could not be reached; a refusal is an answer."""
     import requests
     from mlflow.exceptions import MlflowException, RestException
 

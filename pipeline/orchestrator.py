@@ -65,12 +65,12 @@ def run(
 
     `first` re-runs that stage and all after it. `only` runs a single stage, whose inputs must be done.
     One run holds the pipeline's name at a time.
-    Raises `ValueError` where a person can mend it.
+    Raises `ValueError` where a person can mend it; if MLflow does not answer, before the first stage.
     """
     tracking.address(config)  # what is wrong with it is known before the first stage
     artifacts = locate(config)
     manifests: dict[str, Manifest] = {}
-    again = False
+    again = is_asked = False
     with lease.hold(config.storage, config.name) as held:
         for stage, names in STAGES.items():
             again = again or stage == first
@@ -84,6 +84,10 @@ def run(
             else:
                 inputs = {name: artifacts[name] for name in names}
                 _check_inputs(stage, inputs)
+                if only is None and not is_asked:
+                    # Training needs it: without this hours of preparing come before that sentence.
+                    tracking.connect(config)
+                    is_asked = True
                 if again:
                     artifact.delete()
                 report(f"{stage:<9} …")

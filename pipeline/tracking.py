@@ -148,6 +148,11 @@ def check_address(uri: str) -> None:
             f"{told}, a folder, and MLflow keeps runs in folders no longer; write sqlite:////path/to/mlflow.db, or"
             " unset it for such a file beside the artifacts."
         )
+    elif scheme == "sqlite" and "://" in rest:
+        raise ValueError(
+            f"{told}, and SQLite keeps no file at {rest.lstrip('/')}; write sqlite:////path/to/mlflow.db with a path of"
+            " this machine, or http://HOST:5000 for a server."
+        )
     elif not (separator and rest.strip("/") and scheme.partition("+")[0] in DATABASES):
         raise ValueError(
             f"{told}, which is no address of MLflow; write http://HOST:5000 or sqlite:////path/to/mlflow.db, or unset"
@@ -177,7 +182,16 @@ def explain_trouble(error: BaseException, uri: str) -> str:
         )
     if is_disk_full(error):
         return f"No space left on the device of MLflow's store at {where}: make room there."
-    return f"MLflow at {where} does not answer: {first_line(error).rstrip('.')}."
+    return f"MLflow at {where} does not answer ({reason_of(error)}): start it, or correct MLFLOW_TRACKING_URI."
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why a server did not answer, without the address and the retries that MLflow's client wraps around it."""
+    line = first_line(error).rstrip(".")
+    if not line.startswith("API request to"):
+        return line
+    inner = re.search(r"\[Errno -?\d+\] ([^\"')]+)|([Rr]ead timed out)", line)
+    return (inner[1] or inner[2]) if inner else line.partition(" failed with ")[2] or line
 
 
 def without_password(uri: str) -> str:

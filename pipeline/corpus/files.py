@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import READABLE, SourceConfig
 from pipeline.corpus import conversations, python_docs
-from pipeline.corpus.endings import File
+from pipeline.corpus.endings import NO_ENDING, File
 from pipeline.corpus.listing import Found, filesystem_at, list_path, pinned_revision
 from pipeline.corpus.progress import Progress
 from pipeline.corpus.recoding import HEAD_BYTES, needs_recoding
@@ -118,7 +118,10 @@ def _nothing_at(path: str, found: Found, source: SourceConfig) -> str:
     if source.kind == "conversations":
         kind, readable = "file of conversations", conversations.READABLE
     if found.is_one_file:
-        return f"{path} cannot be read: {next(iter(unread))} is not among {readable}. Turn it into one of them."
+        ending = next(iter(unread))
+        if ending == NO_ENDING:
+            return f"{path} cannot be read: its name has no ending; give it one of {readable}."
+        return f"{path} cannot be read: {ending} is not among {readable}. Turn it into one of them."
     there = f"; it holds {count_endings(unread)}" if unread else ""
     return f"There is no {kind} at {path!r}: looked for {readable}{there}."
 

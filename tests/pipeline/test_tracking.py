@@ -70,6 +70,7 @@ def test_a_job_on_a_cluster_names_the_commit_that_it_was_sent_with(monkeypatch: 
         ("ftp://host/x", "no address of MLflow"),
         ("s3://bucket/x", "no address of MLflow"),
         ("sqlite://", "no address of MLflow"),
+        ("sqlite:///s3://bucket/mlflow.db", "SQLite keeps no file at s3://bucket/mlflow.db"),
         ("http://", "names no host and port"),
         ("http://localhost:many", "names no host and port"),
         ("http://me:secret@:5000", "names no host and port"),
@@ -84,6 +85,40 @@ def test_an_address_that_can_be_none_is_refused_before_the_first_stage(
     assert "\n" not in str(raised.value)
     assert "secret" not in str(raised.value)
     assert not Path(storage).exists()
+
+
+def test_a_server_that_does_not_answer_is_told_before_the_first_stage(
+    storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", place)
+    lines: list[str] = []
+    with pytest.raises(ValueError, match=r".") as raised:
+        orchestrator.run(load_config(None, [f"storage={storage}", "name=tiny"]), report=lines.append)
+    remedy = "start it, or correct MLFLOW_TRACKING_URI."
+    assert str(raised.value) == f"MLflow at {place} does not answer (Connection refused): {remedy}"
+    assert lines == []
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (
+            "API request to http://h/x failed with exception HTTPConnectionPool(host='h', port=9): Max retries exceeded"
+            " with url: /x (Caused by NameResolutionError(\"HTTPConnection(host='h', port=9): Failed to resolve 'h'"
+            " ([Errno -2] Name or service not known)\"))",
+            "Name or service not known",
+        ),
+        ("API request to http://h/x failed with exception HTTPConnectionPool(host='h', port=9): Read timed out."
+         " (read timeout=20)", "Read timed out"),
+        ("API request to endpoint /x failed with error code 502 != 200. Response body: 'no'",
+         "error code 502 != 200. Response body: 'no'"),
+        ("Database is away.", "Database is away"),
+    ],
+)  # fmt: skip
+def test_the_reason_of_an_outage_comes_without_what_the_client_wraps_around_it(words: str, reason: str) -> None:
+    assert tracking.reason_of(ValueError(words)) == reason
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,8 @@ def test_files_with_other_endings_are_counted_and_named(tmp_path: Path) -> None:
     shutil.move(tmp_path / "c" / "b.PDF", tmp_path / "b.PDF")
     with pytest.raises(ValueError, match=r"b\.PDF cannot be read: \.pdf is not among \.txt, .*\.gz"):
         names(tmp_path / "b.PDF")
+    with pytest.raises(ValueError, match=r"README cannot be read: its name has no ending; give it one of \.txt, "):
+        names(tmp_path / "c" / "README")
     for name in ("a.txt", "notes.md"):
         (tmp_path / "c" / name).unlink()
     with pytest.raises(ValueError, match=r"no text file at .*; it holds 1 \.csv\.gz, 1 \.html, 1 \.pdf"):

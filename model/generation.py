@@ -4,8 +4,10 @@ for text in stream_text(model, tokenizer, "Once upon", SamplingSettings(max_toke
     print(text, end="", flush=True)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+from model.chat import ChatTemplate, Message, encode
 from model.engine import Engine, EngineSettings
 from model.gpt import GPT
 from model.sampling import SamplingSettings
@@ -45,3 +47,32 @@ def stream_text(
                     yield chunk.text
     finally:
         model.train(was_training)
+
+
+def stream_answer(
+    engine: Engine, template: ChatTemplate, messages: Sequence[Message], settings: SamplingSettings
+) -> Iterator[str]:
+    """Yield the assistant's next turn piece by piece; an engine that is kept does not read earlier turns again.
+
+    `max_tokens` is a bound: an answer also ends where the context does. Who stops listening stops the answer. Raises
+    `ValueError` where the conversation fills the context.
+    """
+    tokens = encode(engine.tokenizer, template.render(messages, ask=True))[0].tolist()
+    room = engine.context_length - len(tokens)
+    if room < 1:
+        raise ValueError(
+            f"The conversation has {len(tokens):,} tokens, and this model's context is {engine.context_length:,}."
+        )
+    bounded = replace(settings, max_tokens=min(settings.max_tokens, room), stop=(*settings.stop, *template.stops))
+    engine.add(GenerationRequest("", tokens, bounded))
+    try:
+        while engine.has_work:
+            for chunk in engine.step():
+                if chunk.finish_reason == "error":
+                    raise RuntimeError(chunk.error)
+                if chunk.text:
+                    yield chunk.text
+    finally:
+        if engine.has_work:  # nobody listens any more; an ended request must not leave a wish that meets the next one
+            engine.cancel("")
+            engine.step()

@@ -144,7 +144,8 @@ def test_a_dashboard_that_lets_strangers_in_is_told(status: int, fails: bool, mo
 
 @pytest.mark.slow
 def test_the_command_exits_1_when_a_check_fails(storage: str) -> None:
-    command = [sys.executable, "-m", "jobs.preflight", *SMALL, f"storage={storage}", "train.num_workers=[90,91]"]
+    asked = [f"storage={storage}", "train.num_workers=[90,91]", "train.batch_tokens=3200"]
+    command = [sys.executable, "-m", "jobs.preflight", *SMALL, *asked]
     done = subprocess.run(
         [*command, "--wait", "1"], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False
     )

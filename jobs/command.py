@@ -165,10 +165,14 @@ def ray_session(verbose: bool = False) -> Iterator[None]:
     """Join the cluster at RAY_ADDRESS, or start Ray on this machine; leaves it at the end."""
     import ray
 
+    from pipeline import tracking
+
     logging.getLogger("ray").setLevel(logging.INFO if verbose else logging.ERROR)
     if not verbose:
         # Ray and MLflow warn about their own future; a user of this project can do nothing about it.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"(ray|mlflow)\.")
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        tracking.check_address(os.environ["MLFLOW_TRACKING_URI"])
     address = os.environ.get("RAY_ADDRESS")
     arguments: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
     if address:

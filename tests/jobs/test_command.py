@@ -139,6 +139,15 @@ def test_a_cluster_address_without_a_port_is_told_which_to_write(address):
         check_cluster_answers(address)
 
 
+def test_an_impossible_address_of_mlflow_is_said_before_ray_starts(monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started first"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "localhost:5000")
+    with pytest.raises(ValueError, match="lacks its scheme"), command.ray_session():
+        pass
+
+
 def test_a_machine_on_which_the_dashboard_starts_late_gets_a_second_try(monkeypatch):
     import ray
 

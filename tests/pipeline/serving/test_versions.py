@@ -4,6 +4,7 @@ import threading
 from typing import Any
 
 import httpx
+import mlflow
 import pytest
 
 from pipeline import registry
@@ -83,7 +84,6 @@ def test_a_version_that_could_not_be_fetched_is_tried_again(
         return whole(*arguments)
 
     monkeypatch.setattr(registry, broken, break_twice)
-    monkeypatch.setattr(versions, "RETRY_SECONDS", 0.05)
     server.call(server.models.follow(seat))
     assert "reset" in (seat.swap_error or "")
     assert "next attempt in" in (seat.swap_error or "")
@@ -91,6 +91,7 @@ def test_a_version_that_could_not_be_fetched_is_tried_again(
     assert len(calls) == 1, "not before its time"
 
     def took_over() -> bool:
+        seat.retry_at = 0.0  # its time has come
         server.call(server.models.follow(seat))
         return seat.version.record.version == "2"
 
@@ -118,6 +119,18 @@ def test_a_refused_version_is_not_tried_again(
     monkeypatch.setattr(registry, "download", lambda *_: pytest.fail("its figures will not change"))
     monkeypatch.setattr(versions, "RETRY_SECONDS", 0.0)
     server.call(server.models.follow(seat))
+
+
+def test_why_a_version_serves_and_what_was_refused_are_listed(start: Start, moving: TinyRegistry) -> None:
+    moving.move_alias("star", "1")
+    server = start(moving, versions=["star"])
+    client = mlflow.MlflowClient(tracking_uri=moving.tracking_uri)
+    client.set_model_version_tag(moving.name, "1", registry.GATE_TAG, "against version 0: better")
+    client.set_model_version_tag(moving.name, "1", registry.REFUSED_TAG, "version 2: worse")
+    server.call(server.models.follow(server.models._seats["star"]))
+    listed = CLIENT.get(f"{server.url}/v1/models").json()["data"]
+    assert {each["gate_reason"] for each in listed} == {"against version 0: better"}
+    assert {each["refused_challenger"] for each in listed} == {"version 2: worse"}
 
 
 def test_no_such_version_is_one_sentence(start: Start, tiny_registry: TinyRegistry) -> None:

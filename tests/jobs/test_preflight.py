@@ -50,7 +50,7 @@ def test_a_cluster_that_is_fit_passes_every_check_and_nothing_is_left_behind(con
 
 
 def test_too_many_workers_are_told_with_what_there_is(config: Config, ray_session: None) -> None:
-    train = dataclasses.replace(config.train, num_workers=[50, 60])
+    train = dataclasses.replace(config.train, num_workers=[50, 60], batch_tokens=60 * config.model.context_length)
     found = checks(dataclasses.replace(config, train=train), wait_seconds=0.5)
     assert not found["workers"].ok
     assert "asks for 50 × 1 CPU" in found["workers"].sentence
@@ -120,12 +120,25 @@ def test_nodes_with_other_versions_are_named(monkeypatch: pytest.MonkeyPatch) ->
         preflight.check_versions()
 
 
-@pytest.mark.parametrize(("status", "fails"), [(401, False), (403, False), (200, True), (500, True)])
-def test_a_dashboard_that_lets_strangers_in_is_told(status: int, fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("status", "words", "fails"),
+    [
+        (401, "Unauthorized: Missing authentication token", False),
+        (403, "Forbidden: Invalid authentication token", False),
+        (403, "You are behind a proxy.", True),
+        (401, "", True),
+        (200, "[]", True),
+        (500, "", True),
+    ],
+)
+def test_a_dashboard_that_lets_strangers_in_is_told(
+    status: int, words: str, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Dashboard(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(status)
             self.end_headers()
+            self.wfile.write(words.encode())
 
         def log_message(self, *words: object) -> None:
             pass

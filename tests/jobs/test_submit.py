@@ -102,7 +102,7 @@ def test_each_job_gets_its_words_as_it_reads_them(
         return "job-1"
 
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://head:8265")
-    monkeypatch.setattr(submit, "connect", lambda address: None)
+    monkeypatch.setattr(submit, "connect", lambda address, verbose: None)
     monkeypatch.setattr(submit, "submit", note)
     common = ["jobs/presets/demo.yaml", "storage=s3://x/y", "--skip-preflight", "--detach"]
     assert submit.main([*common, *words]) == 0
@@ -117,7 +117,7 @@ def test_a_prompt_is_generates_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://head:8265")
-    monkeypatch.setattr(submit, "connect", lambda address: None)
+    monkeypatch.setattr(submit, "connect", lambda address, verbose: None)
     assert submit.main(["jobs/presets/demo.yaml", "storage=s3://x/y", *words]) == 2
     assert "--prompt TEXT" in capsys.readouterr().err
 

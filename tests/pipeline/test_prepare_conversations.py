@@ -39,7 +39,7 @@ ROWS = [
 
 def configure_talks(storage: str, path: Path, **settings: Any) -> Config:
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-    defaults = {"source.kind": "conversations", "model.context_length": CONTEXT}
+    defaults = {"source.kind": "conversations", "model.context_length": CONTEXT, "train.batch_tokens": 8 * CONTEXT}
     return configure(storage, path, **(defaults | settings))
 
 
@@ -101,8 +101,10 @@ def test_shards_of_conversations_are_the_same_bytes_for_any_number_of_workers(
 def test_the_context_decides_over_shards_of_conversations_alone(storage: str, tmp_path: Path) -> None:
     settings = [
         [
-            prepare.settings(make(storage, tmp_path / "x.jsonl", **{"model.context_length": context}))
-            for context in (64, 128)
+            prepare.settings(
+                make(storage, tmp_path / "x.jsonl", **{"model.context_length": context, "train.batch_tokens": 1024})
+            )
+            for context in (128, 256)
         ]
         for make in (configure_talks, configure)
     ]

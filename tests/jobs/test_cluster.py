@@ -18,8 +18,13 @@ def sleeper():
     process = subprocess.Popen([sys.executable, "-c", code + "print('up', flush=True); time.sleep(300)"], stdout=-1)
     assert process.stdout is not None
     process.stdout.readline()
-    yield psutil.Process(process.pid)
+    found = psutil.Process(process.pid)
+    children = found.children()
+    yield found
     process.kill()
+    for child in children:  # else it holds the pipe open for five minutes
+        if child.is_running():
+            child.kill()
     process.communicate()
 
 

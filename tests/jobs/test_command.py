@@ -178,7 +178,7 @@ def test_after_a_run_the_terminal_says_where_mlflow_shows_it(tmp_path, monkeypat
     config = load_config(None, [f"storage={tmp_path}/a b", "name=tiny"])
     Path(config.storage).mkdir()
     point_mlflow_at(f"sqlite:///{config.storage}/mlflow.db")
-    with mlflow.start_run() as active:
+    with mlflow.start_run(experiment_id="0") as active:  # another test may have chosen one
         run_id = active.info.run_id
     told = where_mlflow_shows(config, run_id)
     assert f"/#/experiments/0/runs/{run_id} once this runs:" in told

@@ -26,12 +26,9 @@ Answering = Callable[["list[Message]"], Iterator[str]]
 
 def load(config: "Config", options: argparse.Namespace) -> Answering:
     """Load the version that the registry names; return what answers a conversation."""
-    from functools import partial
-
     import torch
 
-    from model.engine import Engine, EngineSettings
-    from model.generation import stream_answer
+    from model.generation import Correspondent
     from model.sampling import SamplingSettings
     from pipeline import registry, tracking
 
@@ -47,8 +44,7 @@ def load(config: "Config", options: argparse.Namespace) -> Answering:
     loaded, model = registry.load(record, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if loaded.chat_template is None:
         raise ValueError(NO_TEMPLATE.format(version=record.version, name=record.name))
-    engine = Engine(model, loaded.tokenizer, EngineSettings(max_batch_size=1, prefill_chunk_tokens=64))
-    return partial(stream_answer, engine, loaded.chat_template, settings=settings)
+    return Correspondent(model, loaded.tokenizer, loaded.chat_template, settings).stream_answer
 
 
 def talk(answering: Answering, system: str) -> None:

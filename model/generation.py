@@ -49,30 +49,40 @@ def stream_text(
         model.train(was_training)
 
 
-def stream_answer(
-    engine: Engine, template: ChatTemplate, messages: Sequence[Message], settings: SamplingSettings
-) -> Iterator[str]:
-    """Yield the assistant's next turn piece by piece; an engine that is kept does not read earlier turns again.
+class Correspondent:
+    """A model that answers one conversation after another; it does not read again what it has read of them.
 
-    `max_tokens` is a bound: an answer also ends where the context does. Who stops listening stops the answer. Raises
-    `ValueError` where the conversation fills the context.
+    `settings.max_tokens` is a bound: an answer also ends where the context does.
     """
-    tokens = encode(engine.tokenizer, template.render(messages, ask=True))[0].tolist()
-    room = engine.context_length - len(tokens)
-    if room < 1:
-        raise ValueError(
-            f"The conversation has {len(tokens):,} tokens, and this model's context is {engine.context_length:,}."
-        )
-    bounded = replace(settings, max_tokens=min(settings.max_tokens, room), stop=(*settings.stop, *template.stops))
-    engine.add(GenerationRequest("", tokens, bounded))
-    try:
-        while engine.has_work:
-            for chunk in engine.step():
-                if chunk.finish_reason == "error":
-                    raise RuntimeError(chunk.error)
-                if chunk.text:
-                    yield chunk.text
-    finally:
-        if engine.has_work:  # nobody listens any more; an ended request must not leave a wish that meets the next one
-            engine.cancel("")
-            engine.step()
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, template: ChatTemplate, settings: SamplingSettings) -> None:
+        # Short chunks: what was read is kept in whole ones.
+        self._engine = Engine(model, tokenizer, EngineSettings(max_batch_size=1, prefill_chunk_tokens=64))
+        self._template = template
+        self._settings = settings
+
+    def stream_answer(self, messages: Sequence[Message]) -> Iterator[str]:
+        """Yield the assistant's next turn piece by piece; who stops listening stops the answer.
+
+        Raises `ValueError` where the conversation fills the context.
+        """
+        engine, template, settings = self._engine, self._template, self._settings
+        tokens = encode(engine.tokenizer, template.render(messages, ask=True))[0].tolist()
+        room = engine.context_length - len(tokens)
+        if room < 1:
+            raise ValueError(
+                f"The conversation has {len(tokens):,} tokens, and this model's context is {engine.context_length:,}."
+            )
+        bounded = replace(settings, max_tokens=min(settings.max_tokens, room), stop=(*settings.stop, *template.stops))
+        engine.add(GenerationRequest("", tokens, bounded))
+        try:
+            while engine.has_work:
+                for chunk in engine.step():
+                    if chunk.finish_reason == "error":
+                        raise RuntimeError(chunk.error)
+                    if chunk.text:
+                        yield chunk.text
+        finally:
+            if engine.has_work:  # nobody listens; an ended request must not leave a wish that meets the next one
+                engine.cancel("")
+                engine.step()

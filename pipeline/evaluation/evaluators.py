@@ -37,7 +37,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ItemAnswer:
     """What a model said to one item: each ending's log-probability, and whether greedy decoding would say it."""
 
     nats: tuple[float, ...]
@@ -51,7 +51,7 @@ Term = tuple[float, float]  # an item's amount and its weight
 class Metric:
     """One figure of a task: a quotient over all items, and how it is shown."""
 
-    term: Callable[[Item, Answer], Term]
+    term: Callable[[Item, ItemAnswer], Term]
     is_exponential: bool = False  # a perplexity
     higher_is_better: bool = True
 
@@ -79,41 +79,41 @@ class Figure:
     n: int
 
 
-def is_correct(item: Item, answer: Answer, lengths: Sequence[float] | None = None) -> bool:
+def is_correct(item: Item, answer: ItemAnswer, lengths: Sequence[float] | None = None) -> bool:
     """Whether the right ending is the likeliest, by its length if lengths are given; of equals the first is taken."""
     shown = np.array(answer.nats) if lengths is None else np.array(answer.nats) / np.array(lengths)
     return int(np.argmax(shown)) == item.gold
 
 
-def _accuracy(item: Item, answer: Answer) -> Term:
+def _accuracy(item: Item, answer: ItemAnswer) -> Term:
     return float(is_correct(item, answer)), 1.0
 
 
-def _accuracy_by_characters(item: Item, answer: Answer) -> Term:
+def _accuracy_by_characters(item: Item, answer: ItemAnswer) -> Term:
     return float(is_correct(item, answer, [len(text) for text in item.texts()])), 1.0
 
 
-def _accuracy_by_bytes(item: Item, answer: Answer) -> Term:
+def _accuracy_by_bytes(item: Item, answer: ItemAnswer) -> Term:
     return float(is_correct(item, answer, [len(text.encode()) for text in item.texts()])), 1.0
 
 
-def _greedy(item: Item, answer: Answer) -> Term:
+def _greedy(item: Item, answer: ItemAnswer) -> Term:
     return float(answer.greedy[item.gold]), 1.0
 
 
-def _nats(item: Item, answer: Answer) -> Term:
+def _nats(item: Item, answer: ItemAnswer) -> Term:
     return -answer.nats[item.gold], 1.0
 
 
-def _nats_per_word(item: Item, answer: Answer) -> Term:
+def _nats_per_word(item: Item, answer: ItemAnswer) -> Term:
     return -answer.nats[item.gold], float(len(re.split(r"\s+", item.texts()[item.gold])))
 
 
-def _nats_per_byte(item: Item, answer: Answer) -> Term:
+def _nats_per_byte(item: Item, answer: ItemAnswer) -> Term:
     return -answer.nats[item.gold], float(len(item.texts()[item.gold].encode()))
 
 
-def _bits_per_byte(item: Item, answer: Answer) -> Term:
+def _bits_per_byte(item: Item, answer: ItemAnswer) -> Term:
     nats, num_bytes = _nats_per_byte(item, answer)
     return nats / math.log(2), num_bytes
 
@@ -182,19 +182,19 @@ EVALUATORS = {
 
 def answer(
     model: GPT, tokenizer: Tokenizer, items: Sequence[Item], *, precision: torch.dtype = torch.float32
-) -> list[Answer]:
+) -> list[ItemAnswer]:
     """Let a model answer the items, all of their endings in one go."""
     requests = encode_requests(tokenizer, [(item.context, ending) for item in items for ending in item.endings])
     scores = score(model, requests, precision=precision)
     answers, start = [], 0
     for item in items:
         end = start + len(item.endings)
-        answers.append(Answer(tuple(scores.nats[start:end].tolist()), tuple(scores.greedy[start:end].tolist())))
+        answers.append(ItemAnswer(tuple(scores.nats[start:end].tolist()), tuple(scores.greedy[start:end].tolist())))
         start = end
     return answers
 
 
-def summarise(shape: str, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Figure]:
+def summarise(shape: str, items: Sequence[Item], answers: Sequence[ItemAnswer]) -> dict[str, Figure]:
     """Return every metric of a shape with its standard error; NaN where one item leaves none."""
     figures = {}
     for name, metric in EVALUATORS[shape].metrics.items():
@@ -219,7 +219,7 @@ def divide(amounts: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
     return float(value), float(math.sqrt(n / (n - 1) * (residuals**2).sum()) / total)
 
 
-def accuracies_by_group(items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, float]:
+def accuracies_by_group(items: Sequence[Item], answers: Sequence[ItemAnswer]) -> dict[str, float]:
     """Return the share of right answers in each group; empty where items have none."""
     groups: dict[str, list[bool]] = {}
     for item, said in zip(items, answers, strict=True):
@@ -233,7 +233,7 @@ def chance_of(shape: str, items: Sequence[Item]) -> float:
     return float(np.mean([EVALUATORS[shape].chance(item) for item in items]))
 
 
-def headline_outcomes(shape: str, items: Sequence[Item], answers: Sequence[Answer]) -> list[bool] | None:
+def headline_outcomes(shape: str, items: Sequence[Item], answers: Sequence[ItemAnswer]) -> list[bool] | None:
     """Return for each item whether it was answered right; None where the headline is not a matter of right or wrong."""
     if EVALUATORS[shape].headline != "acc":
         return None

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pipeline.artifacts import Artifact, FileRecord
 from pipeline.evaluation.evaluators import (
     EVALUATORS,
-    Answer,
+    ItemAnswer,
     accuracies_by_group,
     chance_of,
     headline_outcomes,
@@ -31,7 +31,7 @@ class Outcomes:
     right: list[bool]
 
 
-def describe(task: Task, answers: Sequence[Answer]) -> dict[str, Any]:
+def describe(task: Task, answers: Sequence[ItemAnswer]) -> dict[str, Any]:
     """Return a task's figures as plain values; what is not a number is None, as JSON wants it."""
     figures = summarise(task.shape, task.items, answers)
     described: dict[str, Any] = {
@@ -67,7 +67,7 @@ def say(name: str, described: Mapping[str, Any]) -> str:
     return f"{name:<16} {described['headline']} {figure['value']:.3f}{error}{chance}, {figure['n']:,} items"
 
 
-def write_answers(output: Artifact, task: Task, answers: Sequence[Answer]) -> dict[str, FileRecord]:
+def write_answers(output: Artifact, task: Task, answers: Sequence[ItemAnswer]) -> dict[str, FileRecord]:
     """Keep every answer beside the figures, as Parquet; returns the file's record by its name."""
     columns: dict[str, list[Any]] = {
         "nats": [list(said.nats) for said in answers],

@@ -19,7 +19,7 @@ from model.training import choose_precision
 from pipeline import registry
 from pipeline.artifacts import Artifact, Manifest
 from pipeline.config import TrainConfig
-from pipeline.evaluation.evaluators import Answer, Item, answer
+from pipeline.evaluation.evaluators import Item, ItemAnswer, answer
 from pipeline.evaluation.tasks import Task
 
 FEWEST_ITEMS = 200  # of a part: loading a model costs as much as some hundred answers
@@ -80,7 +80,7 @@ def load(source: Artifact | Version, device: str) -> tuple[GPT, Tokenizer]:
         return load_model(checkpoint, device=device).eval(), load_tokenizer(checkpoint)
 
 
-def ask(source: Artifact | Version, tasks: Sequence[Task], place: Place) -> list[list[Answer]]:
+def ask(source: Artifact | Version, tasks: Sequence[Task], place: Place) -> list[list[ItemAnswer]]:
     """Let a model answer every item of some tasks, on as many workers as find room."""
     remote = ray.remote(answer_part).options(num_cpus=place.cpus, num_gpus=place.gpus)
     parts: list[tuple[int, list[int]]] = []  # a task's number, and the places of some of its items
@@ -90,7 +90,7 @@ def ask(source: Artifact | Version, tasks: Sequence[Task], place: Place) -> list
         size = max(FEWEST_ITEMS, math.ceil(len(order) / place.workers()))
         parts += [(number, order[start : start + size]) for start in range(0, len(order), size)]
     waiting = [remote.remote(source, [tasks[number].items[at] for at in places], place) for number, places in parts]
-    answers: list[dict[int, Answer]] = [{} for _ in tasks]
+    answers: list[dict[int, ItemAnswer]] = [{} for _ in tasks]
     for (number, places), said in zip(parts, ray.get(waiting), strict=True):
         answers[number] |= dict(zip(places, said, strict=True))
     return [[found[at] for at in range(len(found))] for found in answers]
@@ -100,7 +100,7 @@ def _text(item: Item) -> tuple[str, ...]:
     return (item.context, *item.endings)
 
 
-def answer_part(source: Artifact | Version, items: Sequence[Item], place: Place) -> list[Answer]:
+def answer_part(source: Artifact | Version, items: Sequence[Item], place: Place) -> list[ItemAnswer]:
     place.set_threads()
     model, tokenizer = load(source, place.device)
     return answer(model, tokenizer, items, precision=choose_precision(place.precision, place.device))

@@ -5,8 +5,8 @@ import pytest
 
 from pipeline.evaluation.evaluators import (
     EVALUATORS,
-    Answer,
     Item,
+    ItemAnswer,
     accuracies_by_group,
     chance_of,
     headline_outcomes,
@@ -16,8 +16,8 @@ from pipeline.evaluation.evaluators import (
 QUESTION = EVALUATORS["choices"].read({"context": "Q:", "choices": ["no", "certainly not", "жё"], "gold": 2})
 
 
-def said(*nats: float, greedy: tuple[bool, ...] | None = None) -> Answer:
-    return Answer(nats, greedy or (False,) * len(nats))
+def said(*nats: float, greedy: tuple[bool, ...] | None = None) -> ItemAnswer:
+    return ItemAnswer(nats, greedy or (False,) * len(nats))
 
 
 def test_every_shape_names_its_columns_its_metrics_and_reads_a_row():

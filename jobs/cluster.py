@@ -12,6 +12,7 @@
 """
 
 import argparse
+import contextlib
 import json
 import os
 import secrets
@@ -384,7 +385,11 @@ def _tail(log: Path, lines: int = 5) -> str:
 
 
 def _free_ports(names: Sequence[str]) -> dict[str, int]:
-    sockets = [socket.create_server(("", 0)) for _ in names]  # held together, so that they differ
+    """Choose a free port for each name, between those of Ray's workers and those of outgoing connections (32768)."""
+    sockets: list[socket.socket] = []  # held together, so that they differ
+    while len(sockets) < len(names):
+        with contextlib.suppress(OSError):  # somebody has it
+            sockets.append(socket.create_server(("", 20_000 + secrets.randbelow(12_000))))
     ports = {name: each.getsockname()[1] for name, each in zip(names, sockets, strict=True)}
     for each in sockets:
         each.close()

@@ -1,4 +1,5 @@
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -30,7 +31,11 @@ def sleeper():
 
 def test_its_files_are_private_and_its_ports_its_own(tmp_path: Path) -> None:
     one, two = Cluster(tmp_path / "one"), Cluster(tmp_path / "two")
-    states = [each.create(workers=2, cpus=2) for each in (one, two)]
+    states = [one.create(workers=2, cpus=2)]
+    taken = [socket.create_server(("", port)) for port in states[0].ports.values()]  # as while it runs
+    states.append(two.create(workers=2, cpus=2))
+    for each in taken:
+        each.close()
     for name in ("token", "keys.json", "environment", "cluster.json"):
         assert stat.S_IMODE((tmp_path / "one" / name).stat().st_mode) == 0o600, name
     assert not set(states[0].ports.values()) & set(states[1].ports.values())
@@ -38,8 +43,8 @@ def test_its_files_are_private_and_its_ports_its_own(tmp_path: Path) -> None:
     assert len({states[0].address(node) for node in states[0].nodes}) == 3
     assert (tmp_path / "one/token").read_text() != (tmp_path / "two/token").read_text()
     assert one.load() == states[0]
-    for each in (one, two):
-        assert each.down() == []
+    for cluster_ in (one, two):
+        assert cluster_.down() == []
     assert one.load() is None
     assert not Path(states[0].scratch).exists()
 

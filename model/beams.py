@@ -60,7 +60,7 @@ class Beams:
         return []
 
     @property
-    def held_prompt(self) -> list[int]:
+    def held_tokens(self) -> list[int]:
         return []
 
     def reuse_prompt(self, num_tokens: int) -> None:

@@ -80,7 +80,12 @@ class Engine:
         self.runner = build_runner(model, self.settings)
         self.max_draft_tokens = self.runner.max_draft_tokens
         self.cache_bytes_per_token = cache_bytes_per_token(model.config, self.runner.cache_dtype)
-        self.scheduler = Scheduler(self.runner.num_slots, self.settings.max_queue, self.settings.prefill_chunk_tokens)
+        self.scheduler = Scheduler(
+            self.runner.num_slots,
+            self.settings.max_queue,
+            self.settings.prefill_chunk_tokens,
+            has_independent_rows=self.runner.has_independent_rows,
+        )
         self._totals = dict.fromkeys(
             ("steps", "prompt_tokens", "reused_tokens", "generated_tokens", "drafted_tokens", "accepted_tokens"), 0
         )
@@ -119,6 +124,8 @@ class Engine:
         """End who leaves, schedule, and advance everybody by one pass of the model; return what can be shown now."""
         chunks = [chunk for group, reason in self.scheduler.take_leavers() for chunk in self._end(group, reason)]
         scheduled = self.scheduler.schedule()
+        for copied in self.scheduler.take_copies():
+            self.runner.copy(copied.source, copied.target, copied.num_tokens)
         chunks += self._advance(scheduled)
         self._totals["steps"] += 1
         return chunks
@@ -225,7 +232,7 @@ class Engine:
         self._totals["drafted_tokens"] += advance.drafted
         self._totals["accepted_tokens"] += max(advance.generated - 1, 0)
         if task.finish_reason is not None:
-            self.scheduler.release(task, group.request.owner)
+            self.scheduler.release(group, task)
         chunks = group.take_chunks(task)
         if group.is_done:
             self.scheduler.end(group)

@@ -56,7 +56,7 @@ class Correspondent:
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, template: ChatTemplate, settings: SamplingSettings) -> None:
-        # Short chunks: what was read is kept in whole ones.
+        # Short chunks: where torch runs the model, what was read is kept in whole ones.
         self._engine = Engine(model, tokenizer, EngineSettings(max_batch_size=1, prefill_chunk_tokens=64))
         self._template = template
         self._settings = settings

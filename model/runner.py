@@ -33,6 +33,9 @@ class Runner(Protocol):
     weights: str
     cache_dtype: torch.dtype
     max_draft_tokens: int  # that one step can verify for a text; of longer drafts the next steps verify the rest
+    # Whether a token gets the same bits alone, in any chunk of a prompt and as a draft: then a prompt may go on from
+    # any token that a slot holds. Elsewhere it has to be cut into the same chunks.
+    has_independent_rows: bool
 
     def run(self, work: list[Work]) -> Tensor:
         """Run the work and return the logits [rows, V] that it wants, in order, in float32."""
@@ -104,6 +107,8 @@ def with_weights(model: GPT, weights: str) -> GPT:
 
 class TorchRunner:
     """Runs `GPT` on the device where its weights are; on CUDA the batch of newest tokens is a recorded graph."""
+
+    has_independent_rows = False  # torch and CUDA's libraries choose the order of additions by the shapes
 
     def __init__(
         self, model: GPT, num_slots: int, weights: str, use_graph: bool, max_draft_tokens: int = GPU_DRAFT_TOKENS

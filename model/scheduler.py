@@ -3,9 +3,11 @@
     scheduler = Scheduler(num_slots=16, max_queue=256, prefill_chunk_tokens=256)
     scheduler.add(group)
     for one in scheduler.schedule(): ...        # what one pass of the model runs
-    scheduler.release(task); scheduler.end(group)
+    for copied in scheduler.take_copies(): ...  # before that pass, in this order
+    scheduler.release(group, task); scheduler.end(group)
 
-A slot that is free keeps what it holds of a prompt, and the next prompt that begins so does not read it again.
+A slot that is free keeps the text that it holds, and a prompt that begins so does not read that beginning again. The
+prompt goes on in that slot, or in a copy where the slot holds much else.
 
 A request is a `SequenceGroup`: tasks that share its prompt. A task holds slots and goes on step by step; it is one
 text (`Sequence`) or all beams of a search (`Beams`).
@@ -65,8 +67,11 @@ class Task(Protocol):
         """The prompt as far as a slot may hold it from before."""
 
     @property
-    def held_prompt(self) -> list[int]:
-        """What of the prompt each slot holds; empty where they hold different texts."""
+    def held_tokens(self) -> list[int]:
+        """What its slot holds: the prompt as far as it was read, and of the answer all but the newest token.
+
+        Empty where its slots hold several texts.
+        """
 
     def reuse_prompt(self, num_tokens: int) -> None:
         """Note that the first slot holds so much of the prompt from before."""
@@ -95,6 +100,10 @@ class SequenceGroup:
     tasks: list[Task]
     prompt_reader: Task | None = None
     ended: bool = False
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.prompt_tokens)
 
     @property
     def is_done(self) -> bool:
@@ -129,10 +138,19 @@ class SequenceGroup:
 
 @dataclass(frozen=True)
 class Held:
-    """What a free slot still holds: the beginning of a prompt, read in whole chunks, and whose it was."""
+    """What a free slot still holds of a text, and whose it was."""
 
     owner: str
     tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The first tokens of one slot that another slot is to hold too."""
+
+    source: int
+    target: int
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -147,12 +165,16 @@ class Scheduled:
 class Scheduler:
     """`add`, `cancel` and the counts may be used from any thread, all else from the one that steps the engine."""
 
-    def __init__(self, num_slots: int, max_queue: int, prefill_chunk_tokens: int) -> None:
+    def __init__(
+        self, num_slots: int, max_queue: int, prefill_chunk_tokens: int, *, has_independent_rows: bool = False
+    ) -> None:
         self.num_slots = num_slots
         self.max_queue = max_queue
         self.prefill_chunk_tokens = prefill_chunk_tokens
+        self.has_independent_rows = has_independent_rows  # see `Runner`
         self._free = list(range(num_slots))  # the one that was freed last at the end
         self._held: dict[int, Held] = {}  # of free slots
+        self._copies: list[Copy] = []
         self._arrivals: deque[SequenceGroup] = deque()  # added, and not yet taken in by a step
         self._cancelled: deque[str] = deque()
         self._groups: dict[str, SequenceGroup] = {}  # all that were taken in and have not ended
@@ -237,16 +259,17 @@ class Scheduler:
             scheduled.append(Scheduled(group, task, work))
         return scheduled
 
-    def release(self, task: Task, owner: str = "", keep: bool = True) -> None:
-        """Free the slots of a task that has ended; what they hold of its prompt may serve the next one, if `keep`.
+    def take_copies(self) -> list[Copy]:
+        """Return what is to be copied before the scheduled work runs, in this order."""
+        copies, self._copies = self._copies, []
+        return copies
 
-        Whole chunks alone: they are computed again in the same way, so an answer has the same bits with and without
-        them. What was generated, token by token, or read in a shorter last chunk has not.
-        """
-        whole = len(task.held_prompt) // self.prefill_chunk_tokens * self.prefill_chunk_tokens
+    def release(self, group: SequenceGroup, task: Task, keep: bool = True) -> None:
+        """Free the slots of a task that has ended; what they hold of its text may serve the next one, if `keep`."""
+        held = self._reusable(group, task) if keep else []
         for slot in task.slots:
-            if keep and whole:
-                self._held[slot] = Held(owner, task.held_prompt[:whole])
+            if held:
+                self._held[slot] = Held(group.request.owner, held)
         self._free += task.slots
         task.slots = []
         self._running = [running for running in self._running if running[1] is not task]
@@ -254,7 +277,7 @@ class Scheduler:
     def end(self, group: SequenceGroup, keep: bool = True) -> None:
         """Forget a request, and free what its tasks hold."""
         for task in group.tasks:
-            self.release(task, group.request.owner, keep)
+            self.release(group, task, keep)
         self._queue = deque(each for each in self._queue if each is not group)
         self._unplaced = deque(each for each in self._unplaced if each[0] is not group)
         group.ended = True
@@ -276,27 +299,61 @@ class Scheduler:
             task.slots += [self._take_empty() for _ in range(task.num_slots - len(task.slots))]
             self._running.append((group, task))
 
+    def _reusable(self, group: SequenceGroup, task: Task) -> list[int]:
+        """What a task's slot holds that would have the same bits if it were read as the beginning of a prompt.
+
+        All of it where rows are independent. Elsewhere a prompt's whole chunks alone, which are always computed in the
+        same way; an answer, generated token by token, and a shorter last chunk are not.
+        """
+        held = task.held_tokens
+        return held if self.has_independent_rows else held[: self._whole(min(len(held), group.prompt_length))]
+
+    def _whole(self, num_tokens: int) -> int:
+        """How many of so many tokens can be taken over."""
+        step = 1 if self.has_independent_rows else self.prefill_chunk_tokens
+        return num_tokens // step * step
+
     def _take_prefix(self, owner: str, task: Task) -> list[int]:
-        """Take the free slot that holds the longest beginning of a task's prompt; none where there is none."""
-        prompt, best, slot = task.reusable_prompt, 0, -1
-        for candidate in self._free:
-            held = self._held.get(candidate)
-            if held is not None and held.owner == owner:
-                count = min(len(held.tokens), len(prompt)) // self.prefill_chunk_tokens * self.prefill_chunk_tokens
-                while held.tokens[:count] != prompt[:count]:
-                    count -= self.prefill_chunk_tokens
-                if count > best:
-                    best, slot = count, candidate
+        """Take a slot that holds the longest beginning of a task's prompt that any slot has; none where none has."""
+        prompt = task.reusable_prompt
+        free = [(slot, held.tokens) for slot, held in self._held.items() if held.owner == owner]
+        busy = [
+            (other.slots[0], self._reusable(group, other))
+            for group, other in self._running
+            if group.request.owner == owner and other.held_tokens
+        ]
+        best, source, tokens = 0, -1, []
+        for slot, held in free + busy:
+            count = self._whole(common_length(held, prompt))
+            if count > best:
+                best, source, tokens = count, slot, held
         if not best:
             return []
-        self._free.remove(slot)
-        del self._held[slot]
         task.reuse_prompt(best)
-        return [slot]
+        # The slot itself, if most of what it holds goes on in this prompt: as in a conversation's next turn, or when a
+        # question is asked again. Two texts that only begin alike are worth a slot each.
+        if source in self._held and 2 * best >= len(tokens):
+            self._take(source)
+            return [source]
+        target = self._take_empty()
+        if target != source:
+            self._copies.append(Copy(source, target, best))
+        return [target]
 
     def _take_empty(self) -> int:
         """Take the free slot that is least likely to serve again: one that holds nothing, or the one freed first."""
         slot = next((each for each in reversed(self._free) if each not in self._held), self._free[0])
+        self._take(slot)
+        return slot
+
+    def _take(self, slot: int) -> None:
         self._free.remove(slot)
         self._held.pop(slot, None)
-        return slot
+
+
+def common_length(first: list[int], second: list[int]) -> int:
+    """How many tokens two texts have in common from their start."""
+    most = min(len(first), len(second))
+    if first[:most] == second[:most]:
+        return most
+    return next(place for place in range(most) if first[place] != second[place])

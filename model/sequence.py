@@ -192,9 +192,9 @@ class Sequence:
         return [] if self.wants_prompt_logprobs else self.request.prompt_tokens[:-1]
 
     @property
-    def held_prompt(self) -> list[int]:
-        """What of the prompt the slots hold."""
-        return self.request.prompt_tokens[: self.num_cached]
+    def held_tokens(self) -> list[int]:
+        """What of the text its slot holds."""
+        return self.tokens[: self.num_cached]
 
     def reuse_prompt(self, num_tokens: int) -> None:
         """Note that the slot holds so much of the prompt from before."""

@@ -179,6 +179,8 @@ class KernelRunner:
     The kernel computes every row alone, so what a slot gets does not depend on the other slots.
     """
 
+    has_independent_rows = True
+
     def __init__(
         self,
         kernel: ctypes.CDLL,

@@ -359,12 +359,12 @@ class Answer:
     @property
     def usage(self) -> dict[str, Any]:
         prompt_tokens, cached_tokens = sum(map(len, self._asked.prompts)), sum(self._reused.values())
-        counts = {
+        return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": self._generated,
             "total_tokens": prompt_tokens + self._generated,
+            "prompt_tokens_details": {"cached_tokens": cached_tokens},
         }
-        return counts | ({"prompt_tokens_details": {"cached_tokens": cached_tokens}} if cached_tokens else {})
 
     def close(self, status: int) -> None:
         """Leave the engine, and count what happened."""

@@ -249,14 +249,14 @@ class Choice(BaseModel):
 
 
 class PromptTokensDetails(BaseModel):
-    cached_tokens: int  # read for a request before, by the same key, and not again
+    cached_tokens: int  # read or written for a request before, by the same key, and not read again
 
 
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptTokensDetails | None = None  # absent where all was read
+    prompt_tokens_details: PromptTokensDetails
 
 
 class Completion(BaseModel):

@@ -15,21 +15,18 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from starlette.exceptions import HTTPException
 
 from pipeline.serving.chat import ChatCompletion, ChatRequest, chat
-from pipeline.serving.completion import SHORT_TEXT_CHARACTERS, Service, check_tokens, complete, encode
+from pipeline.serving.completion import Service, complete
 from pipeline.serving.errors import ApiError, EngineDied, Overloaded, as_api_error, error_body
 from pipeline.serving.gate import Gate
 from pipeline.serving.protocol import (
     Completion,
     CompletionRequest,
-    DetokenizeAnswer,
-    DetokenizeRequest,
     ErrorAnswer,
     ModelAnswer,
     ModelList,
-    TokenizeAnswer,
-    TokenizeRequest,
     describe_validation,
 )
+from pipeline.serving.tokens import token_routes
 
 PAGE = Path(__file__).with_name("page.html")
 
@@ -81,24 +78,7 @@ def build_api(service: Service) -> FastAPI:
         """How one model was trained: its loss curves as [step, value] pairs, and its run's page."""
         return service.models.find(model_id)[1].card
 
-    @app.post("/v1/tokenize", response_model=TokenizeAnswer)
-    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
-        """Text to token ids."""
-        model_id, version = service.models.find(body.model)
-        service.access.start(request.scope["api_key"], 0)
-        tokens = await encode(
-            version.loaded.tokenizer, body.text, "text", in_thread=len(body.text) > SHORT_TEXT_CHARACTERS
-        )
-        return JSONResponse({"model": model_id, "tokens": tokens, "count": len(tokens)}, headers=version.headers)
-
-    @app.post("/v1/detokenize", response_model=DetokenizeAnswer)
-    async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
-        """Token ids to text; bytes that are no text become U+FFFD."""
-        model_id, version = service.models.find(body.model)
-        service.access.start(request.scope["api_key"], 0)
-        check_tokens(body.tokens, version, "tokens")
-        text = version.loaded.tokenizer.decode(body.tokens)
-        return JSONResponse({"model": model_id, "text": text}, headers=version.headers)
+    app.include_router(token_routes(service))
 
     @app.get("/healthz", response_class=PlainTextResponse)
     async def healthz() -> str:

@@ -251,8 +251,8 @@ async def chat(service: Service, body: ChatRequest, request: Request) -> Respons
     return await respond(service, await check(service, completion, began, request), request, ChatAnswer)
 
 
-async def render(messages: list[Message], version: LiveVersion) -> list[int]:
-    """Return a conversation's tokens up to where the assistant answers."""
+async def render(messages: list[Message], version: LiveVersion, ask: bool = True) -> list[int]:
+    """Return a conversation's tokens; with `ask` up to where the assistant answers."""
     loaded = version.loaded
     template = loaded.chat_template
     assert template is not None
@@ -261,7 +261,7 @@ async def render(messages: list[Message], version: LiveVersion) -> list[int]:
         raise conversation_too_long(f"over {loaded.context_length}", loaded.context_length)
 
     def tokens() -> list[int]:
-        return encode(loaded.tokenizer, template.render(messages, ask=True))[0].tolist()
+        return encode(loaded.tokenizer, template.render(messages, ask=ask))[0].tolist()
 
     is_quick = isinstance(template, OwnTemplate) and characters + 20 * len(messages) <= SHORT_TEXT_CHARACTERS
     try:

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.serving.completion import Service
 from pipeline.serving.errors import ApiError
+from pipeline.serving.tokens import VLLM_PATHS
 
 # Nanoseconds that Python's parser takes for one of each on a slow core: a character outside of strings, and beside
 # that a comma (a value more), an opening bracket, a brace or colon (a dict, a key), a point or an exponent (a float).
@@ -70,7 +71,7 @@ class Gate:
 
         outcome = 500  # of a request that ends without an answer
         try:
-            if scope["path"].startswith("/v1/"):
+            if scope["path"].startswith("/v1/") or scope["path"] in VLLM_PATHS:
                 headers = Headers(scope=scope)
                 client = scope["client"][0] if scope.get("client") else None
                 admitted = self._service.access.admit(headers.get("authorization"), client, headers.get("host"))

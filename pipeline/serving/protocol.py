@@ -207,31 +207,6 @@ class CompletionRequest(Strict):
         return kept | {int(key): float(value) for key, value in biases.items()}
 
 
-class TokenizeRequest(Strict):
-    """The body of POST /v1/tokenize."""
-
-    model: str | None = Field(None, max_length=256)
-    text: str
-
-
-class DetokenizeRequest(Strict):
-    """The body of POST /v1/detokenize."""
-
-    model: str | None = Field(None, max_length=256)
-    tokens: Tokens
-
-
-class TokenizeAnswer(BaseModel):
-    model: str
-    tokens: list[int]
-    count: int
-
-
-class DetokenizeAnswer(BaseModel):
-    model: str
-    text: str
-
-
 class Logprobs(BaseModel):
     """OpenAI's legacy log-probabilities; bytes that are no text of their own are written `bytes:\\xe2\\x80`."""
 

@@ -51,14 +51,28 @@ def make_checkpoint(folder: Path, family: str) -> Path:
 
 
 def ask_lm_eval(checkpoint: Path, items: Mapping[str, Path], batch_size: int = 8) -> dict[str, dict[str, Any]]:
-    """Run lm-eval's Hugging Face model on a folder: for each task its figures, and each item's answers in order.
+    """Run lm-eval's Hugging Face model on a folder."""
+    from lm_eval.models.huggingface import HFLM
+
+    return evaluate(HFLM(pretrained=str(checkpoint), device="cpu", batch_size=batch_size, dtype="float32"), items)
+
+
+def ask_lm_evals_client(url: str, items: Mapping[str, Path], context_length: int) -> dict[str, dict[str, Any]]:
+    """Run lm-eval's client of completions, which knows the tokenizer from the endpoint alone."""
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    settings = {"tokenizer_backend": "remote", "max_length": context_length, "num_concurrent": 4, "max_retries": 1}
+    return evaluate(LocalCompletionsAPI(base_url=f"{url}/v1/completions", model="tiny", **settings), items)
+
+
+def evaluate(model: Any, items: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """Return for each task its figures, and each item's answers in order.
 
     An item's answers are one [nats, greedy] for each ending; a document's greedy is None.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     import lm_eval
     from lm_eval.api.task import ConfigurableTask
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks._yaml_loader import load_yaml
 
     with tempfile.TemporaryDirectory() as cache:
@@ -73,7 +87,6 @@ def ask_lm_eval(checkpoint: Path, items: Mapping[str, Path], batch_size: int = 8
             if config["output_type"] == "multiple_choice":  # lm-eval knows it and asks for it in few tasks
                 config["metric_list"].append({"metric": "acc_bytes", "aggregation": "mean", "higher_is_better": True})
             tasks[name] = ConfigurableTask(config=config)
-        model = HFLM(pretrained=str(checkpoint), device="cpu", batch_size=batch_size, dtype="float32")
         found = lm_eval.evaluate(lm=model, task_dict=tasks, log_samples=True, bootstrap_iters=100)
     told = {}
     for name in items:

@@ -142,6 +142,12 @@ def test_nor_one_of_the_other_endpoints(
     refused_quickly(server, monkeypatch, body, path)
 
 
+def test_nor_vllms_form_of_them(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, repeated, tail = UNITS["negative numbers"]
+    refused_quickly(server, monkeypatch, filled(head, repeated, tail, passes=True), "../tokenize")
+    refused_quickly(server, monkeypatch, filled(*CHATS["turns"], passes=True), "../tokenize")
+
+
 CHATS = {
     "texts": ('{"messages":[', '"a",', '"a"]}'),
     "empty messages": ('{"messages":[', "{},", "{}]}"),

@@ -90,7 +90,7 @@ def fuzz(server: LocalServer, requests: int, seed: int) -> dict[int, int]:
     statuses: dict[int, int] = {}
     with httpx.Client(base_url=server.url, timeout=60) as client:
         for _ in range(requests):
-            path = chance.choice(["/v1/completions"] * 6 + ["/v1/tokenize", "/v1/detokenize"])
+            path = chance.choice(["/v1/completions"] * 6 + ["/v1/tokenize", "/v1/detokenize", "/tokenize"])
             kind = chance.choice(["application/json"] * 9 + ["text/plain"])
             answer = client.post(path, content=strange_body(chance), headers={"Content-Type": kind})
             statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1

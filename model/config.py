@@ -8,7 +8,7 @@ from model.settings import require, setting
 
 @dataclass(frozen=True)
 class ModelConfig:
-    family: str = setting("modern", "modern (Qwen3-compatible) or classic (GPT-2)")
+    family: str = setting("modern", "modern (Qwen3, Llama, Qwen2) or classic (GPT-2)")
     num_layers: int = setting(8, "transformer blocks")
     width: int = setting(512, "channels of the residual stream")
     num_heads: int = setting(4, "attention heads")
@@ -19,6 +19,27 @@ class ModelConfig:
     dropout: float = setting(0.0, "classic: share of activations dropped while training")
     tie_embeddings: bool = setting(False, "one matrix for the token embedding and the head, as GPT-2 has")
     rope_theta: float = setting(10_000.0, "modern: base of the rotary wavelengths; larger for long contexts")
+    rope_scaling: str = setting(
+        "none", "modern: how wavelengths are stretched for longer contexts: none, linear or llama3", added_later=True
+    )
+    rope_factor: float = setting(1.0, "rope_scaling: by how much they are stretched", added_later=True)
+    rope_original_context: int = setting(0, "rope_scaling=llama3: the context before stretching", added_later=True)
+    rope_low_frequency_factor: float = setting(
+        1.0, "rope_scaling=llama3: waves that turn less often in the original context are stretched", added_later=True
+    )
+    rope_high_frequency_factor: float = setting(
+        4.0, "rope_scaling=llama3: waves that turn more often in it stay as they are", added_later=True
+    )
+    qk_norm: bool = setting(
+        True, "modern: RMSNorm over each head's queries and keys, as Qwen3 has and Llama has not", added_later=True
+    )
+    attention_bias: str = setting(
+        "none", "modern: biases of the attention's layers: none, qkv (as Qwen2) or all", added_later=True
+    )
+    mlp_bias: bool = setting(False, "modern: biases of the MLP's layers, as some Llamas have", added_later=True)
+    norm_epsilon: float = setting(
+        0.0, "added to a norm's mean square; 0: 1e-5 (classic), 1e-6 (modern)", added_later=True
+    )
 
     def __post_init__(self) -> None:
         require(
@@ -33,6 +54,7 @@ class ModelConfig:
             require(getattr(self, name) >= 0, f"model.{name} cannot be negative; 0 derives it.")
         require(0 <= self.dropout < 1, "model.dropout must be at least 0 and below 1.")
         require(1 < self.rope_theta < math.inf, "model.rope_theta must be a number above 1.")
+        require(0 <= self.norm_epsilon < 1, "model.norm_epsilon must be at least 0 and below 1; 0 takes the family's.")
         require(
             self.head_dim > 0 or self.width % self.num_heads == 0,
             "model.width must be divisible by model.num_heads.",
@@ -41,6 +63,11 @@ class ModelConfig:
             require(
                 self.num_kv_heads in (0, self.num_heads) and self.head_dim in (0, self.width // self.num_heads),
                 "model.family=classic is GPT-2, which has no model.num_kv_heads or model.head_dim; leave them 0.",
+            )
+            require(
+                self.rope_scaling == "none" and self.attention_bias == "none" and self.qk_norm and not self.mlp_bias,
+                "model.family=classic is GPT-2, which has no model.rope_scaling, model.qk_norm or biases to choose;"
+                " leave them out.",
             )
         else:
             require(
@@ -52,6 +79,40 @@ class ModelConfig:
                 "model.num_heads must be divisible by model.num_kv_heads.",
             )
             require(self.channels_per_head % 2 == 0, "model.head_dim must be even: RoPE turns pairs of channels.")
+            self._check_rope_scaling()
+            self._check_biases()
+
+    def _check_rope_scaling(self) -> None:
+        kinds = ("none", "linear", "llama3")
+        require(
+            self.rope_scaling in kinds, f"model.rope_scaling is {self.rope_scaling!r}; it can be {', '.join(kinds)}."
+        )
+        require(1 <= self.rope_factor < math.inf, "model.rope_factor must be a number of at least 1.")
+        require(
+            0 < self.rope_low_frequency_factor < self.rope_high_frequency_factor < math.inf,
+            "model.rope_low_frequency_factor must be positive and below model.rope_high_frequency_factor.",
+        )
+        require(
+            self.rope_scaling != "llama3" or self.rope_original_context > 0,
+            "model.rope_scaling=llama3 needs model.rope_original_context, the context before stretching.",
+        )
+
+    def _check_biases(self) -> None:
+        kinds = ("none", "qkv", "all")
+        require(
+            self.attention_bias in kinds,
+            f"model.attention_bias is {self.attention_bias!r}; it can be {', '.join(kinds)}.",
+        )
+        # Qwen3 has QK-norm and no bias in its MLP, Qwen2 biases of queries, keys and values alone, Llama the rest.
+        require(
+            not self.qk_norm or (self.attention_bias != "qkv" and not self.mlp_bias),
+            "No family of transformers has model.qk_norm=true with model.attention_bias=qkv or model.mlp_bias=true;"
+            " set model.qk_norm=false.",
+        )
+        require(
+            not (self.attention_bias == "qkv" and self.mlp_bias),
+            "No family of transformers has model.attention_bias=qkv with model.mlp_bias=true.",
+        )
 
     @property
     def is_modern(self) -> bool:
@@ -73,8 +134,24 @@ class ModelConfig:
         return math.ceil(8 * self.width / 3 / 128) * 128 if self.is_modern else 4 * self.width
 
     @property
-    def norm_epsilon(self) -> float:
-        return 1e-6 if self.is_modern else 1e-5
+    def epsilon(self) -> float:
+        return self.norm_epsilon or (1e-6 if self.is_modern else 1e-5)
+
+    @property
+    def has_qk_norm(self) -> bool:
+        return self.is_modern and self.qk_norm
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return not self.is_modern or self.attention_bias != "none"
+
+    @property
+    def has_output_bias(self) -> bool:
+        return not self.is_modern or self.attention_bias == "all"
+
+    @property
+    def has_mlp_bias(self) -> bool:
+        return not self.is_modern or self.mlp_bias
 
 
 @dataclass(frozen=True)

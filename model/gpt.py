@@ -1,4 +1,4 @@
-"""GPT in plain PyTorch, two families in one class: classic (GPT-2) and modern (Qwen3-compatible).
+"""GPT in plain PyTorch, two families in one class: classic (GPT-2) and modern (Qwen3, Llama).
 
 Shapes: B sequences, T tokens, C width, H heads, K key-value heads, D channels of a head, V vocabulary.
 
@@ -84,14 +84,12 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.channels_per_head
         self.dropout = config.dropout
-        bias = not config.is_modern
         queries, keys = self.num_heads * self.head_dim, self.kv_heads * self.head_dim
         self.sections = (queries, keys, keys)  # rows of `qkv`: each is a matrix of its own to Muon and to files
-        self.qkv = nn.Linear(config.width, sum(self.sections), bias=bias)
-        self.output = nn.Linear(queries, config.width, bias=bias)
-        if config.is_modern:
-            self.query_norm = RMSNorm(self.head_dim, eps=config.norm_epsilon)
-            self.key_norm = RMSNorm(self.head_dim, eps=config.norm_epsilon)
+        self.qkv = nn.Linear(config.width, sum(self.sections), bias=config.has_qkv_bias)
+        self.output = nn.Linear(queries, config.width, bias=config.has_output_bias)
+        self.query_norm = RMSNorm(self.head_dim, eps=config.epsilon) if config.has_qk_norm else None
+        self.key_norm = RMSNorm(self.head_dim, eps=config.epsilon) if config.has_qk_norm else None
         self.causal_attention: AttentionFunction = torch_causal_attention  # `parallelize` may put a faster one here
 
     def forward(self, x: Tensor, context: AttentionContext, layer: int) -> Tensor:
@@ -99,7 +97,7 @@ class Attention(nn.Module):
         queries, keys, values = (
             part.view(batch, length, -1, self.head_dim) for part in self.qkv(x).split(self.sections, dim=-1)
         )
-        if context.rotation is not None:
+        if self.query_norm is not None and self.key_norm is not None:
             queries, keys = self.query_norm(queries), self.key_norm(keys)
         queries, keys, values = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
         if context.rotation is not None:
@@ -151,8 +149,8 @@ class SwiGLU(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.sections = (config.mlp_channels, config.mlp_channels)  # rows of `gate_up`
-        self.gate_up = nn.Linear(config.width, sum(self.sections), bias=False)
-        self.output = nn.Linear(config.mlp_channels, config.width, bias=False)
+        self.gate_up = nn.Linear(config.width, sum(self.sections), bias=config.has_mlp_bias)
+        self.output = nn.Linear(config.mlp_channels, config.width, bias=config.has_mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).split(self.sections, dim=-1)
@@ -183,8 +181,8 @@ class Block(nn.Module):
 
 def build_norm(config: ModelConfig) -> nn.Module:
     if config.is_modern:
-        return RMSNorm(config.width, eps=config.norm_epsilon)
-    return nn.LayerNorm(config.width, eps=config.norm_epsilon)
+        return RMSNorm(config.width, eps=config.epsilon)
+    return nn.LayerNorm(config.width, eps=config.epsilon)
 
 
 class GPT(nn.Module):
@@ -340,11 +338,25 @@ class GPT(nn.Module):
 
 def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines [context, D] of every position's angles, each half of D the same."""
-    pairs = torch.arange(0, config.channels_per_head, 2, dtype=torch.float32) / config.channels_per_head
-    frequencies = 1.0 / config.rope_theta**pairs
-    angles = torch.outer(torch.arange(config.context_length, dtype=torch.float32), frequencies)
+    angles = torch.outer(torch.arange(config.context_length, dtype=torch.float32), rotary_frequencies(config))
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
+
+
+def rotary_frequencies(config: ModelConfig) -> Tensor:
+    """Angles [D/2] by which one position turns each pair of channels, stretched as `rope_scaling` says."""
+    pairs = torch.arange(0, config.channels_per_head, 2, dtype=torch.float32) / config.channels_per_head
+    frequencies = 1.0 / config.rope_theta**pairs
+    if config.rope_scaling == "none":
+        return frequencies
+    stretched = frequencies / config.rope_factor
+    if config.rope_scaling == "linear":
+        return stretched
+    # Llama 3: slow waves are stretched, fast ones are not, and between the two bounds it changes linearly.
+    low, high = config.rope_low_frequency_factor, config.rope_high_frequency_factor
+    turns = config.rope_original_context * frequencies / (2 * math.pi)
+    share = ((turns - low) / (high - low)).clamp(0, 1)
+    return torch.lerp(stretched, frequencies, share)
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
@@ -379,10 +391,11 @@ def block_parameters(config: ModelConfig) -> tuple[int, int]:
     queries = config.num_heads * config.channels_per_head
     keys = config.kv_heads * config.channels_per_head
     attention = config.width * (queries + 2 * keys) + queries * config.width
-    if config.is_modern:
-        return attention + 3 * config.width * config.mlp_channels, 2 * config.width + 2 * config.channels_per_head
-    biases = 3 * queries + config.width + config.mlp_channels + config.width
-    return attention + 2 * config.width * config.mlp_channels, 2 * norm_parameters(config) + biases
+    mlps = 3 if config.is_modern else 2  # SwiGLU has a gate more
+    others = 2 * norm_parameters(config) + 2 * config.channels_per_head * config.has_qk_norm
+    others += (queries + 2 * keys) * config.has_qkv_bias + config.width * config.has_output_bias
+    others += ((mlps - 1) * config.mlp_channels + config.width) * config.has_mlp_bias
+    return attention + mlps * config.width * config.mlp_channels, others
 
 
 def flops_per_token(config: ModelConfig, vocab_size: int) -> int:

@@ -51,7 +51,8 @@ class Tokenizer:
         self.pattern = pattern
         self.token_bytes = token_bytes
         self.vocab_size = len(token_bytes)
-        self.end_of_text = self.vocab_size - 1
+        self.end_of_text = self.begin_of_text = self.vocab_size - 1
+        self.stop_tokens = frozenset((self.end_of_text,))  # any of them ends an answer
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 65_536 else np.uint32)
         self.byte_lengths = np.array([len(token) for token in token_bytes], dtype=np.int32)
         digest = hashlib.sha256()
@@ -69,6 +70,12 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, (self.name, self.pattern, self.token_bytes)
+
+    @property
+    def ends(self) -> int | list[int]:
+        """The tokens that end an answer, as Hugging Face's folders write them."""
+        others = sorted(self.stop_tokens - {self.end_of_text})
+        return [self.end_of_text, *others] if others else self.end_of_text
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text; `<|endoftext|>` in it is text. Raises `ValueError` on lone surrogates."""

@@ -416,7 +416,7 @@ struct Linear {
 };
 
 struct Norm {
-    const float *weight, *bias;  // bias: null for RMSNorm
+    const float *weight, *bias;  // bias: null for RMSNorm; both: null where there is no norm
 };
 
 struct Layer {
@@ -568,7 +568,7 @@ void attend(Crew& crew, const Model& model, int layer, const Batch& batch, const
             if (model.modern) {
                 const float *cosines = model.cosines + (long)position * dim, *sines = model.sines + (long)position * dim;
                 const auto place = [&](float* x, const Norm& norm) {
-                    normalise(x, dim, norm.weight, nullptr, model.epsilon, x);
+                    if (norm.weight) normalise(x, dim, norm.weight, nullptr, model.epsilon, x);
                     rotate(x, dim, cosines, sines);
                 };
                 for (int h = 0; h < group; ++h) place(queries + h * dim, model.layers[layer].query_norm);

@@ -223,7 +223,7 @@ class KernelRunner:
             slots=num_slots,
             weight_type=TYPES[weights],
             cache_type=TYPES["float32" if self.cache_dtype == torch.float32 else "bfloat16"],
-            epsilon=config.norm_epsilon,
+            epsilon=config.epsilon,
             embedding=self._keep(model.embedding.weight, self.cache_dtype),
             position_embedding=self._keep(position_embedding.weight, self.cache_dtype) if position_embedding else None,
             cosines=self._keep(model.cosines) if config.is_modern else None,
@@ -290,8 +290,8 @@ class KernelRunner:
         modern = not isinstance(mlp, GeluMLP)
         return _Layer(
             attention_norm=self._norm(block.attention_norm),
-            query_norm=self._norm(attention.query_norm) if modern else _Norm(),
-            key_norm=self._norm(attention.key_norm) if modern else _Norm(),
+            query_norm=self._norm(attention.query_norm),
+            key_norm=self._norm(attention.key_norm),
             mlp_norm=self._norm(block.mlp_norm),
             qkv=self._linear(attention.qkv),
             attention_output=self._linear(attention.output),
@@ -300,6 +300,8 @@ class KernelRunner:
         )
 
     def _norm(self, norm: Any) -> _Norm:
+        if norm is None:
+            return _Norm()
         bias = getattr(norm, "bias", None)
         return _Norm(self._keep(norm.weight), None if bias is None else self._keep(bias))
 

@@ -177,7 +177,7 @@ def write_gguf(model: GPT, path: Path, kind: str) -> None:
     writer.add_key_length(config.channels_per_head)
     writer.add_value_length(config.channels_per_head)
     writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.norm_epsilon)
+    writer.add_layer_norm_rms_eps(config.epsilon)
     writer.add_vocab_size(model.vocab_size)
     writer.add_tokenizer_model("no_vocab")
     matrix_type = gguf.GGMLQuantizationType[kind]

@@ -30,8 +30,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from model import gpt, optimizer, training
-from model.checkpoint import export_config
 from model.cpu import attention
+from model.families import export_config
 from model.gpt import GPT, ModelConfig, block_parameters, flops_per_token
 from model.optimizer import OptimizerConfig, build_optimizer
 from model.training import autocast, choose_precision, parallelize, train_step

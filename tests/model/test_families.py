@@ -1,0 +1,146 @@
+"""Anybody's weights: read from a folder of `transformers`, computed the same, and written back in their family."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.checkpoint import load_model, save_model
+from model.engine import Engine, EngineSettings, GenerationRequest, SamplingSettings
+from model.gpt import count_parameters
+from model.likelihood import Request, score
+from tests.model.tiny_folders import CONTEXT, SHAPES, VOCABULARY, write_folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def random_tokens(batch: int = 2, length: int = CONTEXT) -> Tensor:
+    return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(6))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_are_theirs_and_so_are_those_of_the_folder_written_back(shape: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    theirs = write_folder(tmp_path / "theirs", shape)
+    ours = load_model(tmp_path / "theirs")
+    expected = theirs(random_tokens()).logits
+    assert expected.std() > 0.5, "a model that says nothing would pass"
+    torch.testing.assert_close(ours(random_tokens()), expected, atol=1e-4, rtol=1e-4)
+    assert count_parameters(ours.config, ours.vocab_size) == sum(part.numel() for part in theirs.parameters())
+
+    save_model(tmp_path / "back", ours)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    assert type(back) is type(theirs)
+    assert torch.equal(back(random_tokens()).logits, expected)
+    written = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("theirs", "back"))
+    for name, (before, after) in merged(*written).items():
+        assert before == after, name
+
+
+def merged(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What both files say, side by side."""
+    apart = {"dtype", "transformers_version", "bos_token_id", "eos_token_id", "attn_pdrop", "n_inner"}
+    return {name: (before[name], after[name]) for name in set(before) & set(after) - apart}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_engine_generates_what_transformers_generates(shape: str, tmp_path: Path) -> None:
+    theirs = write_folder(tmp_path, shape)
+    ours = load_model(tmp_path)
+    prompt = random_tokens(1, 11)
+    expected = theirs.generate(prompt, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)[0]
+    for backend in ("torch", "auto"):  # auto: the kernel, where there is a compiler
+        engine = Engine(ours, LettersOnly(), EngineSettings(2, weights="float32", backend=backend))
+        engine.add(GenerationRequest("a", prompt[0].tolist(), SamplingSettings(max_tokens=40, temperature=0)))
+        tokens: list[int] = []
+        while engine.has_work:
+            tokens += [token for chunk in engine.step() for token in chunk.tokens]
+        assert tokens == expected[11:].tolist(), backend
+
+
+@pytest.mark.parametrize("shape", ["llama3", "qwen2", "gpt2"])
+def test_likelihoods_are_theirs(shape: str, tmp_path: Path) -> None:
+    theirs = write_folder(tmp_path, shape)
+    tokens = random_tokens(4, 30)
+    tokens[1, :20] = tokens[0, :20]  # read once
+    logprobs = theirs(tokens).logits.log_softmax(-1)[:, 9:-1].gather(-1, tokens[:, 10:, None])
+    requests = [Request(row[:10].tolist(), row[10:].tolist()) for row in tokens]
+    found = torch.tensor(score(load_model(tmp_path), requests).nats, dtype=torch.float32)
+    torch.testing.assert_close(found, logprobs.sum(dim=(1, 2)), atol=1e-3, rtol=1e-5)
+
+
+def test_weights_in_several_files_and_in_bfloat16_are_read(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    write_folder(tmp_path / "whole", "llama3")
+    halved = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
+    halved.save_pretrained(tmp_path / "parts", max_shard_size="60KB")
+    assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 2
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "parts", dtype=torch.float32)
+    ours = load_model(tmp_path / "parts")
+    torch.testing.assert_close(ours(random_tokens()), theirs(random_tokens()).logits, atol=1e-4, rtol=1e-4)
+
+    lost = sorted((tmp_path / "parts").glob("model-*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(ValueError, match=rf"lacks {lost.name}, which its model.safetensors.index.json lists"):
+        load_model(tmp_path / "parts")
+    (tmp_path / "parts" / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ValueError, match="is damaged"):
+        load_model(tmp_path / "parts")
+
+
+def test_a_whole_file_comes_before_parts_that_lie_beside_it(tmp_path: Path) -> None:
+    write_folder(tmp_path, "llama")
+    expected = load_model(tmp_path)(random_tokens())
+    weights = {name: torch.zeros_like(weight) for name, weight in load_file(tmp_path / "model.safetensors").items()}
+    save_file(weights, tmp_path / "model.fp16.safetensors")
+    assert torch.equal(load_model(tmp_path)(random_tokens()), expected)
+
+
+def test_gpt2s_context_is_cropped(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    theirs = write_folder(tmp_path, "gpt2")
+    ours = load_model(tmp_path, context_length=24)
+    assert ours.config.context_length == 24
+    tokens = random_tokens(2, 24)
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="24"):
+        ours(random_tokens(1, 25))
+    save_model(tmp_path / "back", ours)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").config.n_positions == 24
+    with pytest.raises(ValueError, match=r"65 tokens.*64 positions, which are learnt.*crop"):
+        load_model(tmp_path, context_length=65)
+
+
+@pytest.mark.parametrize("shape", ["llama", "llama3", "llama linear", "qwen3"])
+def test_ropes_context_is_lengthened_and_cropped(shape: str, tmp_path: Path) -> None:
+    theirs = write_folder(tmp_path, shape)
+    tokens = random_tokens(1, 3 * CONTEXT)
+    expected = theirs(tokens).logits
+    for length in (16, 3 * CONTEXT):
+        ours = load_model(tmp_path, context_length=length)
+        torch.testing.assert_close(ours(tokens[:, :length]), expected[:, :length], atol=1e-4, rtol=1e-4)
+        save_model(tmp_path / "back", ours)
+        assert load_model(tmp_path / "back").config == ours.config
+
+
+class LettersOnly:
+    """As much of a tokenizer as an engine needs; its end of text never comes."""
+
+    vocab_size = VOCABULARY
+    end_of_text = -1
+    stop_tokens = frozenset((-1,))
+    token_bytes = [b"a"] * VOCABULARY

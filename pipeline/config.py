@@ -10,7 +10,9 @@ Long because all settings stand in one place, each with its meaning and its chec
 
 import dataclasses
 import difflib
+import math
 import re
+import shlex
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -35,9 +37,16 @@ COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 READABLE = f"{', '.join(FORMAT_OF_ENDING)} (also with {', '.join(COMPRESSIONS)})"
 
 
+KINDS_OF_TEXT = ("python-docs", "files", "conversations", "openwebtext")
+SETTINGS_OF_A_PART = ("name", "text_column", "split_text", "invalid_text", "dataset", "revision")  # in a mix
+LEAST_SHARE = 0.001  # of a source in a mix
+
+
 @dataclass(frozen=True)
 class SourceConfig:
-    kind: str = setting("python-docs", "where documents come from: python-docs, files, conversations or openwebtext")
+    kind: str = setting(
+        "python-docs", "where documents come from: python-docs, files, conversations, openwebtext, or mix: several"
+    )
     paths: list[str] = setting(
         [],
         f"files, folders or globs, local, s3:// or hf://datasets/…; read are {READABLE}; for conversations .jsonl and"
@@ -48,16 +57,86 @@ class SourceConfig:
     invalid_text: str = setting("replace", "what to do with text that is not valid UTF-8: replace, skip or fail")
     dataset: str = setting("Skylion007/openwebtext", "for openwebtext: the name of the dataset on the hub")
     revision: str = setting("main", "for openwebtext: the hub revision (a commit hash pins it)")
+    mix: list[str] = setting(
+        [],
+        "for mix: the sources, each WEIGHT KIND [PATH …] [SETTING=VALUE …], such as '3 conversations talks.jsonl' and"
+        " '1 files books/ name=base'; weights are shares of the tokens that a training reads",
+        added_later=True,
+    )
 
     def __post_init__(self) -> None:
-        kinds = ("python-docs", "files", "conversations", "openwebtext")
+        kinds = (*KINDS_OF_TEXT, "mix")
         require(self.kind in kinds, f"source.kind is {self.kind!r}; it can be {', '.join(kinds)}.")
+        require(bool(self.mix) == (self.kind == "mix"), "source.kind=mix and source.mix go together; set both.")
+        require(not (self.mix and self.paths), "source.paths is not read with source.kind=mix; name paths in its mix.")
         for kind in ("files", "conversations"):
             require(self.kind != kind or bool(self.paths), f"source.kind={kind} needs source.paths.")
         require(all(path.strip() for path in self.paths), "source.paths holds an empty path; name a file or folder.")
         require(self.split_text in ("files", "blank-lines"), "source.split_text can be files or blank-lines.")
         policies = ("replace", "skip", "fail")
         require(self.invalid_text in policies, f"source.invalid_text can be {', '.join(policies)}.")
+        parts = self.parts()
+        names = [part.name for part in parts]
+        for name in names:
+            require(names.count(name) == 1, f"source.mix has several sources named {name!r}; give them a name=… each.")
+        whole = sum(part.weight for part in parts)
+        for part in parts:
+            require(
+                part.weight >= LEAST_SHARE * whole,
+                f"source.mix gives {part.name} {part.weight / whole:.2%} of the tokens, less than {LEAST_SHARE:.1%}.",
+            )
+
+    def parts(self) -> "list[MixedSource]":
+        """The sources of a mix; none of another kind."""
+        return [read_mixed_source(words, self) for words in self.mix]
+
+    @property
+    def holds_conversations(self) -> bool:
+        return self.kind == "conversations" or any(part.source.kind == "conversations" for part in self.parts())
+
+
+@dataclass(frozen=True)
+class MixedSource:
+    """One source of a mix."""
+
+    name: str
+    weight: float  # relative to the others'
+    source: SourceConfig
+
+
+def read_mixed_source(words: str, whole: SourceConfig) -> MixedSource:
+    """Read one item of `source.mix`; what it leaves open is as `whole` has it.
+
+    Raises `ValueError` with one sentence that repeats the item.
+    """
+    where = f"source.mix holds {words!r}"
+    try:
+        weight_word, kind, *rest = shlex.split(words)
+        weight = float(weight_word)
+    except ValueError:
+        raise ValueError(f"{where}; write WEIGHT KIND [PATH …] [SETTING=VALUE …], such as '3 files books/'.") from None
+    require(0 < weight < math.inf, f"{where}; a weight is a number above 0.")
+    require(kind in KINDS_OF_TEXT, f"{where}; its kind can be {', '.join(KINDS_OF_TEXT)}.")
+    paths = []
+    given = {}
+    for word in rest:
+        key, equals, value = word.partition("=")
+        if equals and key in SETTINGS_OF_A_PART:
+            given[key] = value
+        else:
+            paths.append(word)
+    stems = [
+        re.sub(r"[^A-Za-z0-9_-]+", "", re.split(r"[.@:]", piece)[0]) for path in paths for piece in path.split("/")
+    ]
+    name = given.pop("name", next((stem for stem in reversed(stems) if stem), kind))
+    require(
+        re.fullmatch(r"[A-Za-z0-9_.-]{1,60}", name) is not None,
+        f"{where}; a name has up to 60 letters, digits, '.', '_' and '-'.",
+    )
+    try:
+        return MixedSource(name, weight, dataclasses.replace(whole, kind=kind, paths=paths, mix=[], **given))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing import Any
 import mlflow
 import ray
 
-from model.scoring import score_batches
 from model.training import LossModule, choose_precision
 from pipeline import tracking
 from pipeline.artifacts import Artifact, FileRecord, Manifest
@@ -25,7 +24,7 @@ from pipeline.evaluation.tasks import load_task, parse_entries
 from pipeline.registry import PROBE_TAG, measure_probe
 from pipeline.training.resources import set_threads, wants_gpu, worker_resources
 from pipeline.training.samples import write_samples
-from pipeline.training.validation import open_validation
+from pipeline.training.validation import Validation, open_validation, score_held_out
 
 FORMAT_VERSION = 1
 FIRST_TAG = "evaluation"  # of a training's run: the fingerprint of the evaluation whose figures are its headline
@@ -60,6 +59,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
     contents = {"evaluation.json": text.encode(), **pictures}
     files |= {name: output.write_bytes(name, content) for name, content in contents.items()}
     figures = {"bits_per_byte": result["bits_per_byte"], "loss": result["loss"]}
+    figures |= {f"{name}/bits_per_byte": each["bits_per_byte"] for name, each in result.get("sources", {}).items()}
     figures |= report.name_metrics(result.get("tasks", {}))
     log_evaluation(tracking.find_run(config, inputs["train"]), output.fingerprint, figures, contents)
     counts = {name: value for name, value in result.items() if name not in ("samples", "tasks")}
@@ -106,7 +106,7 @@ def score_checkpoint(config: Config, train: Artifact, shards: Artifact, device: 
     model, tokenizer = load(train, device)
     model.restarts_positions = holds_conversations(shards)
     options = config.evaluate
-    stream = open_validation(
+    held_out = open_validation(
         shards,
         config.model,
         config.train,
@@ -114,7 +114,8 @@ def score_checkpoint(config: Config, train: Artifact, shards: Artifact, device: 
         batch_sequences=options.batch_sequences,
         max_tokens=options.max_tokens,
     )
-    score = score_batches(LossModule(model), stream.batches(), tokenizer.byte_lengths, precision=precision)
+    validation = score_held_out(LossModule(model), held_out, tokenizer.byte_lengths, precision=precision)
+    score = validation.score
     if score.num_bytes == 0:
         raise ValueError("The validation split holds no text to score; raise prepare.validation_fraction or add text.")
     samples = write_samples(model, tokenizer, options.prompts, options.sample_tokens, config.seed, precision)
@@ -124,6 +125,15 @@ def score_checkpoint(config: Config, train: Artifact, shards: Artifact, device: 
         "perplexity": math.exp(min(score.nats_per_token, 700.0)),
         "tokens": score.tokens,
         "bytes": score.num_bytes,
+        **({"sources": describe_sources(validation)} if validation.sources else {}),
         PROBE_TAG: measure_probe(model, tokenizer),  # what serving compares with before it takes a version over
         "samples": [{"prompt": prompt, "text": text} for prompt, text in samples.items()],
+    }
+
+
+def describe_sources(validation: Validation) -> dict[str, dict[str, float]]:
+    """What is known of each source of a mix."""
+    return {
+        name: {"bits_per_byte": score.bits_per_byte, "loss": score.nats_per_token, "tokens": score.tokens}
+        for name, score in validation.sources.items()
     }

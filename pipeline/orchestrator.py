@@ -22,7 +22,8 @@ SAME_OUTAGE_SECONDS = 60.0  # a failure so soon after MLflow's answer belongs to
 class StageModule(Protocol):
     """What a stage's module offers.
 
-    One whose result also lives elsewhere has `still_holds(config, manifest) -> bool` besides.
+    One whose result also lives elsewhere has `still_holds(config, manifest) -> bool` besides; one that makes several
+    artifacts has `parts(config, inputs) -> list[Artifact]`.
     """
 
     FORMAT_VERSION: int
@@ -89,7 +90,8 @@ def run(
                     tracking.connect(config)
                     is_asked = True
                 if again:
-                    artifact.delete()
+                    for each in (artifact, *_parts(stage, config, inputs)):
+                        each.delete()
                 report(f"{stage:<9} …")
                 began = time.monotonic()
                 manifest = _run_through_outages(stage, config, inputs, artifact, report)
@@ -121,6 +123,12 @@ def _run_through_outages(
             answered = time.monotonic()
 
 
+def _parts(stage: str, config: Config, inputs: Mapping[str, Artifact]) -> list[Artifact]:
+    """Name the artifacts that a stage makes besides its own: one for each source of a mix."""
+    parts: Callable[..., list[Artifact]] | None = getattr(module_of(stage), "parts", None)
+    return [] if parts is None else parts(config, inputs)
+
+
 def _check_inputs(stage: str, inputs: Mapping[str, Artifact]) -> None:
     for name, artifact in inputs.items():
         if name != "source" and not artifact.is_done:
@@ -140,7 +148,7 @@ def _finished(stage: str, config: Config, artifact: Artifact) -> Manifest | None
             f" {describe_difference(found.settings, artifact.recipe.settings)}"
             f" Give it another name (train.run), or delete that folder."
         )
-    # The registry, where register's result also lives, may have lost it.
+    # The registry, where register's result also lives, may have lost it, or a mix one of its sources.
     holds: Callable[[Config, Manifest], bool] | None = getattr(module_of(stage), "still_holds", None)
     return found if holds is None or holds(config, found) else None
 

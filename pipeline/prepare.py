@@ -26,11 +26,12 @@ from fsspec.implementations.local import LocalFileSystem
 
 from model.chat import CHAT_TEMPLATE, TEMPLATE_FILE, open_template
 from model.tokenizer import Tokenizer, parse_tokenizer
-from pipeline.artifacts import MANIFEST, Artifact, FileRecord, Manifest
+from pipeline.artifacts import MANIFEST, Artifact, FileRecord, Manifest, Recipe, artifact_at
 from pipeline.config import Config, result_settings
 from pipeline.corpus import card, cleaning, conversations
-from pipeline.corpus.files import Listing, Slice, listing_of, slices
+from pipeline.corpus.files import Listing, Slice, fingerprint_part, listing_of, slices
 from pipeline.corpus.formats import REPLACED, read
+from pipeline.corpus.mixing import MIX, Member, note_members, tokens_per_epoch
 from pipeline.corpus.omissions import EMPTY, LEAST_VALIDATION_DOCUMENTS, warn
 from pipeline.corpus.progress import Progress
 from pipeline.corpus.shards import ShardWriter
@@ -45,13 +46,34 @@ PARTITION_BYTES = 500_000_000
 
 def settings(config: Config) -> dict[str, Any]:
     found = result_settings(config.prepare)
-    if config.source.kind == "conversations":  # they are cut to the context, and their text depends on the template
+    if config.source.holds_conversations:  # they are cut to the context, and their text depends on the template
         found |= {"context_length": config.model.context_length, "chat_template": CHAT_TEMPLATE}
+    if config.source.mix:
+        found["weights"] = {part.name: part.weight for part in config.source.parts()}
     return found
+
+
+def parts(config: Config, inputs: Mapping[str, Artifact]) -> list[Artifact]:
+    """Name the shards of each source of a mix: what a run of that source alone would make, and may have made."""
+    found = []
+    for part in config.source.parts():
+        alone = replace(config, source=part.source)
+        known = {"source": fingerprint_part(part.source), "tokenizer": inputs["tokenizer"].fingerprint}
+        recipe = Recipe(FORMAT_VERSION, settings(alone), known)
+        found.append(artifact_at(config.storage, config.name, "prepare", recipe.fingerprint("prepare"), recipe=recipe))
+    return found
+
+
+def still_holds(config: Config, manifest: Manifest) -> bool:
+    """Whether the shards of a mix's sources are still there."""
+    fingerprints = [each["fingerprint"] for each in manifest.counts.get(MIX, ())]
+    return all(artifact_at(config.storage, config.name, "prepare", each).is_done for each in fingerprints)
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Manifest:
     """Make the shards of the corpus; what an earlier, stopped run finished is kept."""
+    if config.source.mix:
+        return _run_mix(config, inputs, output)
     slice_bytes = int(config.prepare.shard_tokens * BYTES_PER_TOKEN)
     is_talk = config.source.kind == "conversations"
     listing = listing_of(config.source)
@@ -112,6 +134,39 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
     _clear_work(plan, {*there, *first.files, *total.files, *plan.duplicates}, tallies, files)
     card.log_to_mlflow(config, output, manifest, pages)
     _say(total, listing)
+    return manifest
+
+
+def _run_mix(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Manifest:
+    """Prepare each source of the mix that is not prepared yet, and write down which they are and their shares."""
+    chosen = config.source.parts()
+    whole = sum(part.weight for part in chosen)
+    members = []
+    manifests = []
+    for part, shards in zip(chosen, parts(config, inputs), strict=True):
+        manifest = shards.manifest()
+        if manifest is None:
+            print(f"prepare   {part.name} …", flush=True)
+            try:
+                manifest = run(replace(config, source=part.source), inputs, shards)
+            except ValueError as error:
+                raise ValueError(f"{part.name}, in source.mix: {error}") from None
+        members.append(Member(part.name, part.weight / whole, shards))
+        manifests.append(manifest)
+    counts = card.sum_counts([manifest.counts for manifest in manifests]) | {MIX: note_members(members)}
+    files = {}
+    if config.source.holds_conversations:
+        files[TEMPLATE_FILE] = output.write_text(TEMPLATE_FILE, CHAT_TEMPLATE)
+    lengths = [
+        tokens_per_epoch(member.shards, manifest, config.model.context_length)
+        for member, manifest in zip(members, manifests, strict=True)
+    ]
+    pages = card.write_mix(config, counts, list(zip(members, manifests, lengths, strict=True)))
+    files |= {name: output.write_bytes(name, content) for name, content in pages.items()}
+    manifest = output.commit(counts, files)
+    card.log_to_mlflow(config, output, manifest, pages)
+    for line in card.describe_shares(config, list(zip(members, manifests, lengths, strict=True))):
+        print(f"prepare   {line}", flush=True)
     return manifest
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import ray
@@ -74,13 +75,14 @@ class Learned:
 
 
 def _make_on_a_worker(config: Config, listing: Listing) -> Learned:
-    found = slices(config.source, SAMPLE_SLICE_BYTES, listing)
-    text_bytes = sum(slice_.text_bytes for slice_ in found)
+    sources = [part.source for part in config.source.parts()] or [config.source]
+    found = [(source, slices(source, SAMPLE_SLICE_BYTES, listing_of(source))) for source in sources]
+    text_bytes = sum(slice_.text_bytes for _, of_source in found for slice_ in of_source)
     total = min(config.tokenizer.sample_megabytes * 1_000_000, text_bytes) + min(MEASURED_BYTES, text_bytes)
     unread = Listing(ignored=listing.ignored)
     answer: int | Learned = 0
     with Progress("tokenizer", total, silent_seconds=5) as progress:
-        references: Any = _make.remote(config.source, config.tokenizer, found, unread)  # Ray's types know no streams
+        references: Any = _make.remote(config.tokenizer, found, unread)  # Ray's types know no streams
         for reference in references:
             answer = ray.get(reference)
             if isinstance(answer, int):
@@ -91,12 +93,12 @@ def _make_on_a_worker(config: Config, listing: Listing) -> Learned:
 
 @ray.remote(num_cpus=1, num_returns="streaming")
 def _make(
-    source: SourceConfig, chosen: TokenizerConfig, found: list[Slice], unread: Listing
+    chosen: TokenizerConfig, found: list[tuple[SourceConfig, list[Slice]]], unread: Listing
 ) -> Iterator[int | Learned]:
     """Yield how many bytes more were read, now and then, and the tokenizer at last."""
     amounts: queue.SimpleQueue[int] = queue.SimpleQueue()
     with ThreadPoolExecutor(max_workers=1) as pool:
-        learned = pool.submit(_learn, chosen, _Sample(source, found, unread, amounts.put))
+        learned = pool.submit(_learn, chosen, _Sample(found, unread, amounts.put))
         while not learned.done():
             try:
                 yield amounts.get(timeout=0.5)
@@ -129,20 +131,23 @@ class _Sample:
     """Texts from all over the corpus, the same each time; counts what of them is lost, and tells how far it is."""
 
     def __init__(
-        self, source: SourceConfig, found: list[Slice], unread: Listing, report: Callable[[int], None]
+        self, found: list[tuple[SourceConfig, list[Slice]]], unread: Listing, report: Callable[[int], None]
     ) -> None:
         # Half characters are prepare's to refuse; here they would only stop the training.
-        self._source = dataclasses.replace(source, invalid_text="replace")
-        self._found = found
+        self._found = [(dataclasses.replace(source, invalid_text="replace"), slices_) for source, slices_ in found]
         self._unread = unread
         self._report = report
         self.omissions: Omissions | None = None  # of the last pass
 
     def texts(self, sample_bytes: int) -> Iterator[str]:
-        """Yield about so many bytes; raises `ValueError` if there is no text in the corpus at all."""
+        """Yield about so many bytes, of a mix equally many from each source.
+
+        Raises `ValueError` if there is no text in the corpus at all.
+        """
         self.omissions = Omissions()
         unreported = 0
-        for document in sample_documents(self._source, sample_bytes, self._found):
+        share = sample_bytes // len(self._found)
+        for document in chain.from_iterable(sample_documents(source, share, of) for source, of in self._found):
             self.omissions.count(document)
             text, _ = document
             if text is None:

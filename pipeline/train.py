@@ -17,6 +17,7 @@ from model.tokenizer import load_tokenizer
 from pipeline import tracking
 from pipeline.artifacts import Artifact, FileRecord, Manifest, describe_difference
 from pipeline.config import Config, result_settings, to_yaml
+from pipeline.corpus.mixing import MIX
 from pipeline.training.checkpoints import CheckpointStore
 from pipeline.training.history import History
 from pipeline.training.launch import launch
@@ -77,7 +78,7 @@ def check_inputs(config: Config, inputs: Mapping[str, Artifact]) -> None:
             f" ({counts['vocabulary_size']} tokens, digest {counts['tokenizer_digest'][:12]}…) than the tokenizer at"
             f" {inputs['tokenizer'].url} ({loaded.vocab_size} tokens, {loaded.digest[:12]}…); prepare them again."
         )
-    if counts["train"]["tokens"] < batch_tokens + 1:
+    if MIX not in counts and counts["train"]["tokens"] < batch_tokens + 1:  # the sources of a mix are read again
         raise ValueError(
             f"The corpus is too small: its train split holds {counts['train']['tokens']:,} tokens and one batch takes"
             f" {batch_tokens:,}; add text, or lower train.batch_tokens."

@@ -60,21 +60,42 @@ _fingerprinted: dict[str, Listing] = {}  # the listing that this process's last 
 
 
 def fingerprint_source(source: SourceConfig) -> str:
-    """Hash what the documents depend on: the settings, and the files' names, sizes and versions."""
+    """Hash what the documents depend on: the settings, and the files' names, sizes and versions.
+
+    Of a mix that is its sources; how they are weighed changes none of their shards.
+    """
+    _fingerprinted.clear()
+    return fingerprint_part(source)
+
+
+def fingerprint_part(source: SourceConfig) -> str:
+    """What `fingerprint_source` says of one source of a mix, without listing again what was listed for the mix."""
+    if source.kind == "mix":
+        return _hash(
+            {"kind": "mix", "sources": [[part.name, fingerprint_part(part.source)] for part in source.parts()]}
+        )
     facts: dict[str, Any] = {"kind": source.kind, "column": source.text_column, "split": source.split_text}
     facts["invalid"] = source.invalid_text
     if source.kind == "python-docs":
         facts["content"] = [platform.python_version(), *python_docs.packages()]
     else:
-        listing = find_files(source)
-        _fingerprinted.clear()
-        _fingerprinted[repr(source)] = listing
+        _fingerprinted[repr(source)] = listing = listing_of(source)
         facts["content"] = [[file.url, file.size, file.version] for file in listing.files]
+    return _hash(facts)
+
+
+def _hash(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def listing_of(source: SourceConfig) -> Listing:
     """Return the listing that the source's fingerprint was made of, or list it now if none was made here."""
+    if source.kind == "mix":
+        listings = [listing_of(part.source) for part in source.parts()]
+        ignored: Counter[str] = Counter()
+        for listing in listings:
+            ignored.update(listing.ignored)
+        return Listing(tuple(file for listing in listings for file in listing.files), ignored)
     return _fingerprinted.get(repr(source)) or find_files(source)
 
 

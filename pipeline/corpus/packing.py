@@ -39,7 +39,6 @@ from pipeline.corpus.stream import (
     Window,
     random_bits,
     random_order,
-    rows_of,
 )
 
 
@@ -135,27 +134,25 @@ class ConversationStream(TokenStream):
         self._packed: list[list[Counter[int]]] = []  # of each window: the lengths in each row
         super().__init__(shards, **options)
 
-    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
-        first_row, end_row = rows_of(rank, world_size, self.batch_sequences)
+    def read_rows(self, first: int, count: int, first_row: int, end_row: int) -> Batch:
         batch = empty_batch(end_row - first_row, self.context_length, self.pin_memory)
-        for row, window, sequences in self._spans(step):
+        for row, window, sequences in self._spans(first, count):
             assert isinstance(window, PackedWindow)
             batch.global_tokens += int(window.learnt[sequences].sum())
             for index, sequence in enumerate(sequences.tolist(), start=row - first_row):
                 if 0 <= index < end_row - first_row:
                     window.fill(sequence, *arrays_of(batch, index))
-        batch.step = step
         return batch
 
-    def identity(self, step: int) -> dict[str, Any]:
-        """Name what is in global batch `step`: for each row, its first conversation's shard and place there."""
-        rows = []
-        for _, window, sequences in self._spans(step):
+    def name_rows(self, first: int, count: int) -> list[list[Any]]:
+        """Name each of the `count` rows from row `first` on: its first conversation's shard and place there."""
+        rows: list[list[Any]] = []
+        for _, window, sequences in self._spans(first, count):
             assert isinstance(window, PackedWindow)
             for member in window.members[window.starts[sequences]].tolist():
                 found = window.conversations
                 rows.append([window.ring.shards[int(found.shard[member])].name, int(found.start[member])])
-        return self._name_batch(step, rows)
+        return rows
 
     def _check_shards(self, name: str) -> None:
         check_conversations(self.shards, name, self.context_length)

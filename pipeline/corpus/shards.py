@@ -160,6 +160,14 @@ class TokenCache:
             # Anyone can make a folder in /tmp, and its owner can replace the tokens in it.
             raise ValueError(f"The token cache {self.folder} belongs to another user; set stream.cache_folder.")
 
+    def check_room(self, needed_bytes: int) -> None:
+        """Raise `ValueError` where the windows that are open at a time do not fit."""
+        if needed_bytes > self.max_bytes:
+            raise ValueError(
+                f"stream.cache_gigabytes is {self.max_bytes / GIGABYTE:g}; a window of the corpus and the next one take"
+                f" {needed_bytes / GIGABYTE:.3g}. Raise it, or lower stream.window_tokens."
+            )
+
     def open(self, shard: Shard) -> np.ndarray:
         """Return the shard's tokens, mapped; the first to ask decodes it. Raises `ValueError` if it is corrupt."""
         while True:

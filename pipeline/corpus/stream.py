@@ -134,7 +134,39 @@ class Window:
     order: np.ndarray
 
 
-class TokenStream:
+class BatchStream:
+    """What gives batches by step; a training reads them in the background."""
+
+    batch_sequences: int
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """Return this rank's share of global batch `step`: ranks in order, joined, are the global batch."""
+        raise NotImplementedError
+
+    def batches(self, first_step: int = 0, rank: int = 0, world_size: int = 1, prefetch: int = 4) -> Iterator[Batch]:
+        """Yield this rank's batches from `first_step` on, without end, `prefetch` of them built in the background."""
+        background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="token-batch")
+        try:
+            pending = deque(background.submit(self.batch, first_step + i, rank, world_size) for i in range(prefetch))
+            next_step = first_step + prefetch
+            while True:
+                batch = pending.popleft().result()
+                pending.append(background.submit(self.batch, next_step, rank, world_size))
+                next_step += 1
+                yield batch
+        finally:
+            background.shutdown(wait=False, cancel_futures=True)
+
+    def identity(self, step: int) -> dict[str, Any]:
+        """Name what is in global batch `step`, row by row."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Stop fetching ahead; mapped files are closed when the stream is freed."""
+        raise NotImplementedError
+
+
+class TokenStream(BatchStream):
     """Batches of one split, by step; see the head of this file for their order.
 
     Raises `ValueError` at once if a shard is missing or cut short, or if the split is too small for one batch;
@@ -163,19 +195,16 @@ class TokenStream:
         self.num_tokens = sum(shard.num_tokens for shard in self.shards)
         self._check_shards(f"The {split} split of {shards.url}")
         self.data_digest = data_digest(self.shards)
-        self._name = (self.data_digest, int(seed))
+        self.seed = int(seed)
+        self._name = (self.data_digest, self.seed)
         self._windows = self._divide(window_tokens)
         self._lengths = self._count_sequences()
         self.sequences_per_epoch = sum(self._lengths)
         self.steps_per_epoch = -(-self.sequences_per_epoch // batch_sequences)  # to see every token at least once
 
         self._cache = TokenCache(cache_folder, max_bytes=int(cache_gigabytes * GIGABYTE))
-        needed = sum(sorted(sum(shard.decoded_bytes for shard in window) for window in self._windows)[-2:])
-        if needed > self._cache.max_bytes:
-            raise ValueError(
-                f"stream.cache_gigabytes is {cache_gigabytes:g}; a window of the corpus and the next one take"
-                f" {needed / GIGABYTE:.3g}. Raise it, or lower stream.window_tokens."
-            )
+        self.cached_bytes = sum(sorted(sum(shard.decoded_bytes for shard in window) for window in self._windows)[-2:])
+        self._cache.check_room(self.cached_bytes)
         self._opened: OrderedDict[tuple[int, int], Future[Window]] = OrderedDict()
         self._lock = threading.Lock()
         # Two threads, so that a window which a batch waits for never queues behind one that is fetched ahead.
@@ -191,14 +220,22 @@ class TokenStream:
             )
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """Return this rank's share of global batch `step`: ranks in order, joined, are the global batch."""
-        first_row, end_row = rows_of(rank, world_size, self.batch_sequences)
+        share = rows_of(rank, world_size, self.batch_sequences)
+        batch = self.read_rows(int(step) * self.batch_sequences, self.batch_sequences, *share)
+        batch.step = step
+        return batch
+
+    def read_rows(self, first: int, count: int, first_row: int, end_row: int) -> Batch:
+        """Return rows `first_row` to `end_row - 1` of the `count` rows from row `first` of the endless row of epochs.
+
+        The batch's `global_tokens` are the targets in all `count` rows.
+        """
         length = self.context_length
         masked: list[tuple[int, int]] = []
-        global_tokens = self.batch_sequences * length
+        global_tokens = count * length
         buffer: np.ndarray | None = None
         end_of_text = 0
-        for row, window, sequences in self._spans(step):
+        for row, window, sequences in self._spans(first, count):
             ring = window.ring
             ragged = ring.num_tokens % length
             last_sequence = ring.num_tokens // length if ragged else -1
@@ -216,44 +253,29 @@ class TokenStream:
         batch = _to_batch(buffer, end_of_text if self.document_boundaries else None, self.pin_memory)
         for index, ragged in masked:
             batch.targets[index, ragged:] = IGNORED
-        batch.step, batch.global_tokens = step, global_tokens
+        batch.global_tokens = global_tokens
         return batch
 
-    def batches(self, first_step: int = 0, rank: int = 0, world_size: int = 1, prefetch: int = 4) -> Iterator[Batch]:
-        """Yield this rank's batches from `first_step` on, without end, `prefetch` of them built in the background."""
-        background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="token-batch")
-        try:
-            pending = deque(background.submit(self.batch, first_step + i, rank, world_size) for i in range(prefetch))
-            next_step = first_step + prefetch
-            while True:
-                batch = pending.popleft().result()
-                pending.append(background.submit(self.batch, next_step, rank, world_size))
-                next_step += 1
-                yield batch
-        finally:
-            background.shutdown(wait=False, cancel_futures=True)
-
     def identity(self, step: int) -> dict[str, Any]:
-        """Name what is in global batch `step`: for each row, its shard and the first token's place in it."""
-        rows = []
-        for _, window, sequences in self._spans(step):
-            for sequence in sequences.tolist():
-                index, local = window.ring.locate(window.offset + sequence * self.context_length)
-                rows.append([window.ring.shards[index].name, local])
-        return self._name_batch(step, rows)
-
-    def _name_batch(self, step: int, rows: list[list[Any]]) -> dict[str, Any]:
         return {
             "step": step,
             "epoch": step * self.batch_sequences // self.sequences_per_epoch,
-            "seed": self._name[1],
+            "seed": self.seed,
             "data_digest": self.data_digest,
             "context_length": self.context_length,
-            "rows": rows,
+            "rows": self.name_rows(step * self.batch_sequences, self.batch_sequences),
         }
 
+    def name_rows(self, first: int, count: int) -> list[list[Any]]:
+        """Name each of the `count` rows from row `first` on: its shard and the first token's place in it."""
+        rows: list[list[Any]] = []
+        for _, window, sequences in self._spans(first, count):
+            for sequence in sequences.tolist():
+                index, local = window.ring.locate(window.offset + sequence * self.context_length)
+                rows.append([window.ring.shards[index].name, local])
+        return rows
+
     def close(self) -> None:
-        """Stop fetching ahead; mapped files are closed when the stream is freed."""
         self._closed = True
         self._loaders.shutdown(wait=False, cancel_futures=True)
 
@@ -278,16 +300,16 @@ class TokenStream:
     def _window_order(self, epoch: int) -> tuple[int, ...]:
         return _order_of_windows(len(self._windows), self._name, epoch)
 
-    def _spans(self, step: int) -> Iterator[tuple[int, Window, np.ndarray]]:
-        """Yield (row, window, sequences) for each window that a global batch needs.
+    def _spans(self, first: int, count: int) -> Iterator[tuple[int, Window, np.ndarray]]:
+        """Yield (row, window, sequences) for each window that `count` rows from row `first` on need.
 
-        The batch's rows from `row` on are these sequences of the window, in this order.
+        Of these rows, those from `row` on are these sequences of the window, in this order.
         """
         row = 0
-        epoch, rest = divmod(int(step) * self.batch_sequences, self.sequences_per_epoch)
-        while row < self.batch_sequences:
+        epoch, rest = divmod(first, self.sequences_per_epoch)
+        while row < count:
             for place, index in enumerate(self._window_order(epoch)):
-                here = min(self._lengths[index] - rest, self.batch_sequences - row)
+                here = min(self._lengths[index] - rest, count - row)
                 if here > 0:
                     window = self._window(epoch, place)
                     yield row, window, window.order[rest : rest + here]

@@ -11,6 +11,7 @@ from model.chat import TEMPLATE_FILE
 from model.config import ModelConfig, OptimizerConfig
 from pipeline.artifacts import Artifact
 from pipeline.config import Config, StreamConfig, TrainConfig
+from pipeline.corpus.mixing import bytes_per_target, members_of
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,6 @@ def plan_training(
     """Plan the training that a config describes, on the shards and with the tokenizer among `inputs`."""
     shards = inputs["prepare"].manifest()
     assert shards is not None
-    train_split = shards.counts["train"]
-    learnt = "learnt_" if "learnt_tokens" in train_split else ""
     return TrainingPlan(
         name=config.name,
         seed=config.seed,
@@ -60,7 +59,7 @@ def plan_training(
         tokenizer=inputs["tokenizer"],
         output=output,
         vocab_size=shards.counts["vocabulary_size"],
-        bytes_per_token=train_split[f"{learnt}bytes"] / train_split[f"{learnt}tokens"],
+        bytes_per_token=bytes_per_target(members_of(inputs["prepare"])),
         chat_template=inputs["prepare"].read_text(TEMPLATE_FILE) if TEMPLATE_FILE in shards.files else "",
         tracking_uri=tracking_uri,
         mlflow_run_id=mlflow_run_id,

@@ -15,6 +15,7 @@ from pipeline.training.history import History
 from pipeline.training.machine import describe_machine, name_precision
 from pipeline.training.plan import TrainingPlan
 from pipeline.training.tracker import Tracker
+from pipeline.training.validation import Validation
 
 
 class BadLoss(ArithmeticError):
@@ -33,8 +34,7 @@ class BadLoss(ArithmeticError):
 class Evaluation:
     """How well the val split is predicted, how long the weights are as one vector, and what the model writes."""
 
-    nats_per_token: float
-    bits_per_byte: float
+    validation: Validation
     weight_norm: float
     samples: dict[str, str]  # prompt -> continuation
 
@@ -96,14 +96,18 @@ class Report:
     def evaluated(self, evaluation: Evaluation) -> None:
         """Note an evaluation; the first of all is of the untrained model."""
         history = self._history
+        score, sources = evaluation.validation.score, evaluation.validation.sources
         metrics = {
-            "validation/loss": evaluation.nats_per_token,
-            "validation/bits_per_byte": evaluation.bits_per_byte,
+            "validation/loss": score.nats_per_token,
+            "validation/bits_per_byte": score.bits_per_byte,
             "weights/norm": evaluation.weight_norm,
+            **{f"validation/{name}/bits_per_byte": each.bits_per_byte for name, each in sources.items()},
         }
         self._tracker.log_metrics(metrics, history.step)
         self._gauges.show(metrics, history.step)
-        words = f"step {history.step:,}: {evaluation.bits_per_byte:.4f} bits per byte on held-out text"
+        words = f"step {history.step:,}: {score.bits_per_byte:.4f} bits per byte on held-out text"
+        if sources:
+            words += f" ({', '.join(f'{name} {each.bits_per_byte:.4f}' for name, each in sources.items())})"
         self._say(words + " (the best so far)" * (history.step == history.best_step > 0))
         if evaluation.samples:
             text = "\n\n".join(f"[{prompt}]{continuation}" for prompt, continuation in evaluation.samples.items())

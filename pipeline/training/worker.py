@@ -30,11 +30,10 @@ from model.checkpoint import (
 )
 from model.gpt import GPT
 from model.optimizer import Optimizer, build_optimizer
-from model.scoring import Score, score_batches
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.training import LossModule, StepMeasures, choose_precision, parallelize, train_step
-from pipeline.corpus.packing import open_training_stream
-from pipeline.corpus.stream import TokenStream
+from pipeline.corpus import mixing
+from pipeline.corpus.stream import BatchStream
 from pipeline.training.agreement import Agreement
 from pipeline.training.checkpoints import BackgroundWriter, CheckpointStore
 from pipeline.training.failures import explain_lasting_failure
@@ -47,7 +46,7 @@ from pipeline.training.report import BadLoss, Evaluation, Report
 from pipeline.training.resources import set_compile_threads, set_threads
 from pipeline.training.samples import write_samples
 from pipeline.training.scratch import make_scratch, remove_abandoned
-from pipeline.training.validation import open_validation
+from pipeline.training.validation import Validation, open_validation, score_held_out
 
 logger = logging.getLogger(__name__)
 
@@ -135,14 +134,15 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
         """Score the val split on all ranks; rank 0 writes samples and reports."""
         with clock.during("evaluation"):
             scored = module if strategy == "fsdp" else LossModule(model)
-            score = score_validation(plan, scored, tokenizer, precision, rank, world_size)
+            validation = score_validation(plan, scored, tokenizer, precision, rank, world_size)
+            score = validation.score
             history.note_score(score.nats_per_token, score.bits_per_byte)
             norm = weight_norm(model)
             if report is not None:
                 # What is sharded, one rank alone cannot ask for an answer.
                 prompts = options.sample_prompts if strategy != "fsdp" else []
                 samples = write_samples(model, tokenizer, prompts, options.sample_tokens, plan.seed, precision)
-                report.evaluated(Evaluation(score.nats_per_token, score.bits_per_byte, norm, samples))
+                report.evaluated(Evaluation(validation, norm, samples))
             gc.collect()
         return score.bits_per_byte
 
@@ -247,10 +247,10 @@ def score_validation(
     precision: torch.dtype,
     rank: int = 0,
     world_size: int = 1,
-) -> Score:
-    """Score each rank's part of the val split and add them up; every rank returns the same."""
+) -> Validation:
+    """Score the val split on all ranks; every rank returns the same."""
     options = plan.train
-    stream = open_validation(
+    held_out = open_validation(
         plan.shards,
         plan.model,
         options,
@@ -258,12 +258,8 @@ def score_validation(
         batch_sequences=options.micro_batch_sequences,
         max_tokens=options.evaluation_tokens,
     )
-    return score_batches(
-        module,
-        stream.batches(rank, world_size),
-        tokenizer.byte_lengths,
-        precision=precision,
-        over_ranks=world_size > 1,
+    return score_held_out(
+        module, held_out, tokenizer.byte_lengths, precision=precision, rank=rank, world_size=world_size
     )
 
 
@@ -304,8 +300,8 @@ def read_measures(
         report.step_done(step, loss, gradient_norm, optimizer.learning_rates(step - 1), measures.skipped)
 
 
-def open_stream(plan: TrainingPlan, *, pin_memory: bool) -> TokenStream:
-    return open_training_stream(
+def open_stream(plan: TrainingPlan, *, pin_memory: bool) -> BatchStream:
+    return mixing.open_stream(
         plan.shards,
         context_length=plan.model.context_length,
         batch_sequences=plan.train.batch_tokens // plan.model.context_length,

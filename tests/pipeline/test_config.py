@@ -1,3 +1,4 @@
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from model.settings import setting
-from pipeline.config import describe_settings, load_config, result_settings, to_yaml
+from pipeline.config import SourceConfig, describe_settings, load_config, result_settings, to_yaml
 
 
 def write_preset(folder: Path, text: str) -> Path:
@@ -180,3 +181,42 @@ def test_a_setting_added_later_enters_the_fingerprint_once_it_is_used():
 
     assert result_settings(Section()) == {"steps": 1}
     assert result_settings(Section(tasks=["blimp"])) == {"steps": 1, "tasks": ["blimp"]}
+
+
+@pytest.mark.parametrize(
+    ("mix", "sentence"),
+    [
+        ([], "go together"),
+        (["files a.txt"], "write WEIGHT KIND"),
+        (["1"], "write WEIGHT KIND"),
+        (["1 'files a.txt"], "write WEIGHT KIND"),
+        (["nan files a.txt"], "above 0"),
+        (["-1 files a.txt"], "above 0"),
+        (["1 mix a.txt"], "its kind can be"),
+        (["1 files"], "source.kind=files needs source.paths"),
+        (["1 files a.txt split_text=lines"], "source.split_text can be"),
+        (["1 files a.txt name=a/b"], "a name has up to"),
+        (["1 files x/a.txt", "1 files y/a.txt"], "several sources named 'a'"),
+        (["1 files a.txt", "5000 files b.txt"], "less than 0.1%"),
+    ],
+)
+def test_a_mix_that_cannot_be_is_refused(mix: list[str], sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        SourceConfig(kind="mix", mix=mix)
+
+
+def test_a_mix_names_its_sources_by_their_paths_and_they_share_its_settings() -> None:
+    items = [
+        "2 files 'some books/*.txt.zst' split_text=files",
+        "1 files s3://bucket/date=2024/",
+        "1 conversations hf://datasets/me/talks@v1/*.parquet",
+        "0.5 python-docs",
+        "0.5 files x.jsonl name=base text_column=body",
+    ]
+    parts = SourceConfig(kind="mix", mix=items, split_text="blank-lines").parts()
+    assert [part.name for part in parts] == ["somebooks", "date2024", "talks", "python-docs", "base"]
+    assert [part.weight for part in parts] == [2, 1, 1, 0.5, 0.5]
+    assert parts[0].source == SourceConfig(kind="files", paths=["some books/*.txt.zst"])
+    assert parts[4].source == SourceConfig(
+        kind="files", paths=["x.jsonl"], text_column="body", split_text="blank-lines"
+    )

@@ -77,7 +77,7 @@ def test_a_model_trained_inside_documents_is_scored_as_its_training_scored_it(co
     train, model = checkpoint(config, inputs, tmp_path, blocks_std=0.3)
     plan = plan_training(config, inputs, train, tracking_uri="", mlflow_run_id="", started=0)
     tokenizer = load_tokenizer(inputs["tokenizer"].download(tmp_path / "again"))
-    own = score_validation(plan, LossModule(model), tokenizer, getattr(torch, precision))
+    own = score_validation(plan, LossModule(model), tokenizer, getattr(torch, precision)).score
     result = score_checkpoint(config, train, inputs["prepare"])
     assert (result["bits_per_byte"], result["tokens"]) == (own.bits_per_byte, own.tokens)
     across = replace(config, train=replace(inside, document_boundaries=False))

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from jobs.command import explain, set_environment
+from jobs.command import make_parser, run_plainly, set_environment
 
 if TYPE_CHECKING:
     from model.chat import Message
@@ -87,9 +87,7 @@ def talk(answering: Answering, system: str) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings over the preset")
     named = "its name is the model's, unless name=NAME says another [%(default)s]"
     parser.add_argument("--preset", default="jobs/presets/demo.yaml", help=named)
@@ -108,15 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_environment()
     from pipeline.config import load_config
 
-    try:
-        talk(load(load_config(options.preset, options.settings), options), options.system)
-    except Exception as error:
-        sentence = explain(error)
-        if sentence is None:
-            raise
-        print(f"error: {sentence}", file=sys.stderr)
-        return 2
-    return 0
+    return run_plainly(lambda: talk(load(load_config(options.preset, options.settings), options), options.system))
 
 
 if __name__ == "__main__":

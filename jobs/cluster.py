@@ -11,7 +11,6 @@
 `source artifacts/cluster/environment` gives a shell the addresses and keys; `make submit` reads that file by itself.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -32,7 +31,7 @@ from typing import Any
 
 import psutil
 
-from jobs.command import ENVIRONMENT
+from jobs.command import ENVIRONMENT, make_parser
 from jobs.processes import end_processes, processes_below
 from pipeline.addresses import answers, go_direct, open_own
 
@@ -414,7 +413,7 @@ def _write_private(path: Path, content: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("action", choices=("up", "down", "status", "kill"))
     parser.add_argument("member", nargs="?", help="for kill: head, worker-1, worker-2, mlflow, s3 or postgresql")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where its state and logs lie [%(default)s]")

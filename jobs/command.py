@@ -50,11 +50,7 @@ class Command:
     def __init__(self, description: str | None, *, may_be_bare: bool = False) -> None:
         """`may_be_bare`: the job means something without a preset and without settings."""
         self.may_be_bare = may_be_bare
-        self.parser = argparse.ArgumentParser(
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
+        self.parser = make_parser(description)
         self.parser.add_argument("preset", nargs="?", help="a YAML file, such as jobs/presets/demo.yaml")
         self.parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings over the preset")
         self.parser.add_argument("--verbose", action="store_true", help="show Ray's own logs, and tracebacks")
@@ -82,22 +78,47 @@ class Command:
             self.parser.error(
                 "say what to run: a preset, such as jobs/presets/demo.yaml, or settings over the defaults"
             )
-        try:
+
+        def load_and_run() -> int | None:
             check_spaces(options.words)
-            status = run(load_config(options.preset, words), options) or 0
-            sys.stdout.flush()
-            return status
-        except KeyboardInterrupt:
-            print("\nStopped. What was finished is kept; the same command goes on from there.", file=sys.stderr)
-            return 130
-        except Exception as error:
-            if isinstance(error, BrokenPipeError) and output_is_closed():
-                return 141  # as a program that SIGPIPE has ended
-            sentence = explain(error)
-            if options.verbose or sentence is None:
-                traceback.print_exception(error)
-            print(f"error: {sentence or f'{type(error).__name__}: {error}'}", file=sys.stderr)
-            return 1 if sentence is None else 2
+            return run(load_config(options.preset, words), options)
+
+        stopped = "Stopped. What was finished is kept; the same command goes on from there."
+        return run_plainly(load_and_run, verbose=options.verbose, stopped=stopped)
+
+
+def run_plainly(work: Callable[[], int | None], *, verbose: bool = False, stopped: str = "Stopped.") -> int:
+    """Do a job's work and return its exit status; an error ends as one sentence.
+
+    The status is 2 for what the user can mend, 1 for what nobody foresaw (with its traceback), 130 after Ctrl-C, and
+    141 where the reader of the output has gone.
+    """
+    try:
+        status = work() or 0
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and output_is_closed():
+            return 141  # as a program that SIGPIPE has ended
+        sentence = explain(error)
+        if verbose or sentence is None:
+            traceback.print_exception(error)
+        print(f"error: {sentence or f'{type(error).__name__}: {error}'}", file=sys.stderr)
+        return 1 if sentence is None else 2
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """A job's parser: its help keeps the lines of `description`, its usage names it as the user did."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m jobs.plan`; argparse would say plan.py
+    return argparse.ArgumentParser(
+        prog=f"python -m {module.name}" if module else None,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def set_environment() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.command import explain, set_environment
+from jobs.command import make_parser, run_plainly, set_environment
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -56,9 +56,7 @@ def compare(config: "Config", options: argparse.Namespace) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("first", metavar="A", help="the model to compare with")
     parser.add_argument("second", metavar="B", help="the model whose gain is asked for")
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings over the preset")
@@ -72,18 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_environment()
     from pipeline.config import load_config
 
-    try:
-        compare(load_config(options.preset, options.settings), options)
-    except KeyboardInterrupt:
-        print()
-        return 130
-    except Exception as error:
-        sentence = explain(error)
-        if sentence is None:
-            raise
-        print(f"error: {sentence}", file=sys.stderr)
-        return 2
-    return 0
+    return run_plainly(lambda: compare(load_config(options.preset, options.settings), options))
 
 
 if __name__ == "__main__":

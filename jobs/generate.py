@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from jobs.command import explain, set_environment
+from jobs.command import make_parser, run_plainly, set_environment
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -39,10 +39,21 @@ def generate(config: "Config", prompt: str, options: argparse.Namespace) -> Iter
     yield from stream_text(model, loaded.tokenizer, prompt, settings)
 
 
+def print_answer(options: argparse.Namespace) -> None:
+    from pipeline.config import load_config
+
+    config = load_config(options.preset, options.settings)
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    answer = generate(config, prompt, options)
+    first = next(answer, "")  # nothing is printed before it is known that there is an answer
+    print("" if options.no_echo else prompt, first, sep="", end="", flush=True)
+    for piece in answer:
+        print(piece, end="", flush=True)
+    print()
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("prompt", help="the text to go on with; - reads it from standard input")
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings over the preset")
     named = "its name is the model's, unless name=NAME says another [%(default)s]"
@@ -61,27 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_intermixed_args(argv)
     set_environment()
-    from pipeline.config import load_config
-
-    try:
-        config = load_config(options.preset, options.settings)
-        prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-        answer = generate(config, prompt, options)
-        first = next(answer, "")  # nothing is printed before it is known that there is an answer
-        print("" if options.no_echo else prompt, first, sep="", end="", flush=True)
-        for piece in answer:
-            print(piece, end="", flush=True)
-        print()
-    except KeyboardInterrupt:
-        print()
-        return 130
-    except Exception as error:
-        sentence = explain(error)
-        if sentence is None:
-            raise
-        print(f"error: {sentence}", file=sys.stderr)
-        return 2
-    return 0
+    return run_plainly(lambda: print_answer(options))
 
 
 if __name__ == "__main__":

@@ -158,6 +158,20 @@ def check_address(uri: str) -> None:
             f"{told}, which is no address of MLflow; write http://HOST:5000 or sqlite:////path/to/mlflow.db, or unset"
             " it for such a file beside the artifacts."
         )
+    elif scheme != "sqlite":
+        _check_driver(uri, told)
+
+
+def _check_driver(uri: str, told: str) -> None:
+    """Raise `ValueError` where Python lacks what speaks to this kind of database."""
+    import sqlalchemy
+
+    try:
+        sqlalchemy.make_url(uri).get_dialect().import_dbapi()
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{told}, and its driver {error.name!r} is not installed here: pip install it.") from None
+    except sqlalchemy.exc.ArgumentError as error:
+        raise ValueError(f"{told}, which is no address of a database: {error}.") from None
 
 
 def prepare_client(uri: str) -> None:

@@ -197,7 +197,7 @@ def _read_member(member: Member, source: SourceConfig, archive: File) -> Iterato
 
 def _text_or_none(content: bytes, source: SourceConfig, where: str) -> Document:
     try:
-        return (content.decode(), "") if not codec_of(content)[1] else _decode(content, source, where)
+        return (content.decode(), "") if codec_of(content) == ("utf-8", 0) else _decode(content, source, where)
     except UnicodeDecodeError:
         return (None, NOT_TEXT) if b"\0" in content else _decode(content, source, where)
 
@@ -354,9 +354,9 @@ def _read_column(file: File, column: pa.ChunkedArray, source: SourceConfig) -> I
 
 
 def _decode(raw: bytes, source: SourceConfig, where: str, charset: str = "utf-8") -> Document:
-    """Decode a document by its byte order mark, or else by its charset."""
+    """Decode a document by its byte order mark or its NUL bytes, or else by its charset."""
     codec, mark = codec_of(raw)
-    if not mark:
+    if (codec, mark) == ("utf-8", 0):
         codec = charset
     try:
         text = raw[mark:].decode(codec)

@@ -20,8 +20,21 @@ MARKS = (
 
 
 def codec_of(head: bytes) -> tuple[str, int]:
-    """Return the encoding that a byte order mark names and the mark's length; UTF-8 and 0 where there is none."""
-    return next(((codec, len(mark)) for mark, codec in MARKS if head.startswith(mark)), ("utf-8", 0))
+    """Return a text's encoding, and the length of the byte order mark that names it: UTF-8 and 0 for most texts.
+
+    Latin text in UTF-16 or UTF-32 is known without a mark, by NUL bytes in the same place of every character: read as
+    UTF-8 it would be a text of NULs.
+    """
+    for mark, codec in MARKS:
+        if head.startswith(mark):
+            return codec, len(mark)
+    head = head[:HEAD_BYTES]
+    if len(head) >= 8 and b"\0" in head:
+        for codec, width, place in (("utf-32-le", 4, 0), ("utf-32-be", 4, 3), ("utf-16-le", 2, 0), ("utf-16-be", 2, 1)):
+            letters = head[place::width]
+            if 0 not in letters and head.count(0) > 0.9 * (len(head) - len(letters)):
+                return codec, 0
+    return "utf-8", 0
 
 
 def needs_recoding(file: File, head: bytes) -> bool:

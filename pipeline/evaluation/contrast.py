@@ -9,7 +9,6 @@ import dataclasses
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -24,7 +23,7 @@ from model.sampling import SamplingSettings
 from model.scoring import bits_per_byte
 from model.tokenizer import Tokenizer, load_tokenizer
 from pipeline import registry
-from pipeline.artifacts import Artifact
+from pipeline.artifacts import Artifact, expand_home
 from pipeline.config import Config
 from pipeline.evaluation.comparison import Change, Gain, compare_outcomes, measure_gain
 from pipeline.evaluation.evaluators import EVALUATORS, answer, headline_outcomes, summarise
@@ -72,7 +71,7 @@ def find_side(config: Config, name: str, device: str = "cpu") -> Side:
 
     Raises `ValueError` where it is none of them.
     """
-    folder = Path(name).expanduser()
+    folder = expand_home(name)
     if (folder / "config.json").is_file():
         model, tokenizer = load_model(folder, device=device), load_tokenizer(folder)
         return Side(name, model, tokenizer, _describe_model(model))

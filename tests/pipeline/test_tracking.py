@@ -74,6 +74,8 @@ def test_a_job_on_a_cluster_names_the_commit_that_it_was_sent_with(monkeypatch: 
         ("http://", "names no host and port"),
         ("http://localhost:many", "names no host and port"),
         ("http://me:secret@:5000", "names no host and port"),
+        ("mysql+nodriver://me:secret@host/x", "no address of a database"),
+        ("mssql+pymssql://me:secret@host/x", "its driver 'pymssql' is not installed here"),
     ],
 )
 def test_an_address_that_can_be_none_is_refused_before_the_first_stage(

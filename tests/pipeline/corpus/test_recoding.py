@@ -41,6 +41,17 @@ def test_text_with_a_byte_order_mark_is_read_by_it(
     assert documents(files(lines), slice_bytes) == TEXTS
 
 
+@pytest.mark.parametrize("encoding", [each for each in ENCODINGS if each != "utf-8"])
+def test_latin_text_of_two_or_four_bytes_a_character_needs_no_mark(tmp_path: Path, encoding: str) -> None:
+    text = "Grüße aus Łódź, und ein zweiter Satz.\n"
+    (tmp_path / "x.txt").write_bytes(text.encode(encoding))
+    assert pairs(files(tmp_path / "x.txt")) == [(text, "")]
+    (tmp_path / "x.jsonl").write_bytes(jsonl([text, "plain"]).decode().encode(encoding))
+    assert documents(files(tmp_path / "x.jsonl")) == [text, "plain"]
+    (tmp_path / "few.txt").write_bytes(b"some text with\0a NUL or\0\0two, as UTF-8")
+    assert pairs(files(tmp_path / "few.txt")) == [("some text with\0a NUL or\0\0two, as UTF-8", "")]
+
+
 def test_half_a_character_follows_the_policy_and_half_a_unit_is_damage(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(codecs.BOM_UTF16_LE + '{"text": "a\ud800b"}\n'.encode("utf-16-le", "surrogatepass"))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig
+from model.documents import DocumentAttention, Documents, flash_suits, varlen_attention
 from model.settings import require
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -67,6 +68,8 @@ class AttentionContext:
     slots: Tensor | None = None
     positions: Tensor | None = None  # [B, T]
     visible: int = 0  # keys that the furthest query may see
+    documents: Documents | None = None  # inside which attention stays, by a way that needs no mask
+    document_attention: DocumentAttention | None = None  # that way
 
 
 def torch_causal_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -91,6 +94,7 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(self.head_dim, eps=config.epsilon) if config.has_qk_norm else None
         self.key_norm = RMSNorm(self.head_dim, eps=config.epsilon) if config.has_qk_norm else None
         self.causal_attention: AttentionFunction = torch_causal_attention  # `parallelize` may put a faster one here
+        self.document_attention: DocumentAttention | None = None  # and one here
 
     def forward(self, x: Tensor, context: AttentionContext, layer: int) -> Tensor:
         batch, length, _ = x.shape
@@ -108,7 +112,11 @@ class Attention(nn.Module):
             keys, values = context.cache.write(layer, keys, values, context.slots, context.positions, context.visible)
             keys, values = keys.to(queries.dtype), values.to(queries.dtype)
         if context.mask is None and not self.dropout:
-            mixed = self.causal_attention(queries, keys, values)
+            if context.documents is None:
+                mixed = self.causal_attention(queries, keys, values)
+            else:
+                assert context.document_attention is not None
+                mixed = context.document_attention(queries, keys, values, context.documents)
         else:
             mixed = F.scaled_dot_product_attention(
                 queries,
@@ -120,6 +128,12 @@ class Attention(nn.Module):
                 enable_gqa=self.kv_heads != self.num_heads,
             )
         return self.output(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+    def find_document_attention(self, x: Tensor) -> DocumentAttention | None:
+        """Return how attention stays inside documents without a mask, for activations like `x`; None: with one."""
+        if self.dropout:
+            return None
+        return self.document_attention or (varlen_attention if flash_suits(x.device, x.dtype, self.head_dim) else None)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -245,15 +259,15 @@ class GPT(nn.Module):
         for weight in (self.embedding.weight, self.head.weight):
             weight[self.vocab_size :] = 0
 
-    def forward(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, documents: Documents | None = None) -> Tensor:
         """Return the logits [B, T, V] of tokens [B, T]."""
-        return self.logits(self.forward_hidden(tokens, document_ids=document_ids))
+        return self.logits(self.forward_hidden(tokens, documents=documents))
 
     def forward_hidden(
         self,
         tokens: Tensor,
         *,
-        document_ids: Tensor | None = None,
+        documents: Documents | None = None,
         cache: KVCache | None = None,
         slots: Tensor | None = None,
         positions: Tensor | None = None,
@@ -273,7 +287,7 @@ class GPT(nn.Module):
         """
         length = tokens.shape[1]
         if cache is not None:
-            assert document_ids is None, "documents are separate slots of a cache"
+            assert documents is None, "documents are separate slots of a cache"
             assert positions is not None, "a cache does not know how long its texts are"
             assert visible is not None
             assert visible <= cache.capacity
@@ -281,7 +295,7 @@ class GPT(nn.Module):
             mask = (reached <= positions[:, :, None])[:, None]
             context = AttentionContext(None, mask, cache, slots, positions, visible)
         else:
-            context = AttentionContext(mask=mask if document_ids is None else document_mask(document_ids))
+            context = AttentionContext(mask=mask)
         if mask is None and length > self.config.context_length:
             raise ValueError(
                 f"{length} tokens are more than the model's context of {self.config.context_length}; shorten the text."
@@ -289,8 +303,8 @@ class GPT(nn.Module):
         x = self.embedding(tokens)
         if self.position_embedding is not None:
             weight = self.position_embedding.weight
-            if self.restarts_positions and document_ids is not None:
-                positions = positions_in_documents(document_ids)
+            if self.restarts_positions and documents is not None:
+                positions = documents.positions
             x = self.dropout(x + (weight[:length] if positions is None else weight[positions]))
         elif positions is None:
             context.rotation = (self.cosines[:length], self.sines[:length])
@@ -299,6 +313,13 @@ class GPT(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             # Autocast leaves embeddings in float32, and all that is added to them: twice the memory traffic.
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if documents is not None:
+            first: Any = self.blocks[0]
+            context.document_attention = first.attention.find_document_attention(x)
+            if context.document_attention is None:
+                context.mask = documents.mask()
+            else:
+                context.documents = documents
         for layer, block in enumerate(self.blocks):
             x = block(x, context, layer)
         return self.norm(x)
@@ -306,9 +327,9 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head(hidden)[..., : self.vocab_size]
 
-    def loss(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    def loss(self, tokens: Tensor, targets: Tensor, documents: Documents | None = None) -> Tensor:
         """Sum of nats over the targets that are not -100; divide by their number for the mean."""
-        hidden = self.forward_hidden(tokens, document_ids=document_ids)
+        hidden = self.forward_hidden(tokens, documents=documents)
         return self.cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten(), self.vocab_size)
 
     def new_cache(self, slots: int) -> KVCache:
@@ -357,21 +378,6 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
     turns = config.rope_original_context * frequencies / (2 * math.pi)
     share = ((turns - low) / (high - low)).clamp(0, 1)
     return torch.lerp(stretched, frequencies, share)
-
-
-def document_mask(document_ids: Tensor) -> Tensor:
-    """[B, T] -> [B, 1, T, T]: true where a token may look, itself and earlier ones of its own document."""
-    same = document_ids[:, :, None] == document_ids[:, None, :]
-    length = document_ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
-    return (same & causal)[:, None]
-
-
-def positions_in_documents(document_ids: Tensor) -> Tensor:
-    """[B, T] -> [B, T]: how many tokens of its own document stand before each."""
-    places = torch.arange(document_ids.shape[1], device=document_ids.device).expand(document_ids.shape)
-    is_first = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
-    return places - (places * is_first).cummax(dim=1).values
 
 
 def count_parameters(config: ModelConfig, vocab_size: int) -> int:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from model.documents import find_documents
 from model.training import MicroBatch, autocast
 
 
@@ -56,8 +57,8 @@ def score_batches(
         with autocast(device, precision):
             for batch in batches:
                 targets = batch.targets.to(device)
-                document_ids = None if batch.document_ids is None else batch.document_ids.to(device)
-                totals[0] += module(batch.tokens.to(device), targets, document_ids)
+                documents = None if batch.document_ids is None else find_documents(batch.document_ids).to(device)
+                totals[0] += module(batch.tokens.to(device), targets, documents)
                 scored = targets[targets >= 0]
                 totals[1] += scored.numel()
                 totals[2] += lengths[scored].sum()

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from model.documents import Documents, find_documents, split_documents
 from model.gpt import GPT, Block, chunked_cross_entropy, cross_entropy_gradient
 from model.optimizer import Optimizer
 
@@ -71,8 +72,8 @@ class LossModule(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        return self.model.loss(tokens, targets, document_ids)
+    def forward(self, tokens: Tensor, targets: Tensor, documents: Documents | None = None) -> Tensor:
+        return self.model.loss(tokens, targets, documents)
 
 
 def count_shares(threads: int, sequences: int, dropout: float = 0.0) -> int:
@@ -95,22 +96,24 @@ class SharedLoss(LossModule):
         super().__init__(model)
         self.threads = threads
         self._pool = ThreadPoolExecutor(MAX_SHARES, thread_name_prefix="share")
-        self._compiled: set[tuple[torch.Size, bool]] = set()  # batches for which there is code
+        self._compiled: set[tuple[torch.Size, int]] = set()  # batches for which there is code
 
     def add_gradients(self, batch: MicroBatch, scale: float, precision: torch.dtype) -> Tensor:
         """Add the gradients of `scale` x nats of a micro-batch to those of the weights; return the nats."""
         shares = count_shares(self.threads, len(batch.tokens))
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
 
-        def learn(tokens: Tensor, targets: Tensor, document_ids: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        def learn(tokens: Tensor, targets: Tensor, documents: Documents | None) -> tuple[Tensor, tuple[Tensor, ...]]:
             # Sets this thread's number, MKL's for the process, and that with which later threads begin.
             torch.set_num_threads(self.threads // shares)
             with autocast(tokens.device, precision):
-                nats = self(tokens, targets, document_ids)
+                nats = self(tokens, targets, documents)
             return nats.detach(), torch.autograd.grad(nats * scale, weights)
 
-        documents = (None,) * shares if batch.document_ids is None else batch.document_ids.chunk(shares)
-        kind = batch.tokens.shape, batch.document_ids is None
+        documents: list[Documents] | tuple[None, ...] = (None,) * shares
+        if batch.document_ids is not None:
+            documents = split_documents(batch.document_ids, shares)
+        kind = batch.tokens.shape, documents[0].reach if documents[0] is not None else 0
         # The first batch of a shape compiles code. Torch cannot compile in one thread while another runs such code.
         share_out = self._pool.map if kind in self._compiled else map
         try:
@@ -154,10 +157,11 @@ def parallelize(
     if compile:
         if device.type == "cpu":
             with suppress(ModuleNotFoundError):  # without the folder model/cpu training is slower, no more
-                from model.cpu.attention import fastest_attention
+                from model.cpu.attention import document_attention, fastest_attention
 
                 for block in blocks:
                     block.attention.causal_attention = fastest_attention
+                    block.attention.document_attention = document_attention
         # Each block is compiled by itself: one block's code serves all of them, and the backward pass remains a chain
         # of blocks, so DDP and FSDP2 send the gradients of one while the next computes.
         # A block that C++ runs lets go of Python's lock, so the threads of `SharedLoss` do not wait for each other.
@@ -240,7 +244,7 @@ def train_step(
                 nats = module(
                     batch.tokens.to(device, non_blocking=True),
                     batch.targets.to(device, non_blocking=True),
-                    None if batch.document_ids is None else batch.document_ids.to(device, non_blocking=True),
+                    None if batch.document_ids is None else find_documents(batch.document_ids).to(device),
                 )
             (nats * scale).backward()
         loss += nats.detach() / global_tokens

@@ -1,4 +1,5 @@
-"""Causal attention for training on a CPU. It goes block by block and skips the blocks that the mask throws away.
+"""Causal attention on a CPU, for training and inside documents. It goes block by block and skips the blocks that the
+mask throws away.
 
 PyTorch's attention skips them too in its forward pass. Its backward pass is slow: it takes half as long again in
 float32, and three times as long in bfloat16. The two forms here are faster, each in its precision, once they are
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.documents import BLOCK_TOKENS, Documents
 from model.gpt import torch_causal_attention
 from model.training import HAS_BFLOAT16_UNITS
 
@@ -138,3 +140,68 @@ class RecomputedAttention(torch.autograd.Function):
             by_queries[:, start:] += torch.bmm(by_scores.mT, keys[:, block])
         gradients = by_queries.to(keys.dtype), torch.cat(by_keys, dim=1), torch.cat(by_values, dim=1)
         return tuple(part.view(shape) for part in gradients)
+
+
+def document_attention(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents) -> Tensor:
+    """Causal attention inside each document, [B, H, T, D] by [B, K, T, D], for compiled blocks."""
+    group = queries.shape[1] // keys.shape[1]
+    if group > 1:
+        keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+    mixed: Tensor = AttentionInDocuments.apply(queries, keys, values, documents.starts, documents.reach)
+    return mixed
+
+
+class AttentionInDocuments(torch.autograd.Function):
+    """Blocks of queries by the blocks of keys that some query among them sees: at most `reach`, their own the last.
+
+    Keeps the probabilities as `KeptAttention` does, or, where they would take too much memory, computes them again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, starts: Tensor, reach: int) -> Tensor:
+        shape, length = queries.shape, queries.shape[2]
+        queries, keys, values = (part.flatten(0, 1) for part in (queries, keys, values))
+        keeps = min(length, reach * BLOCK_TOKENS) <= MAX_KEPT_LENGTH
+        mixed, kept = [], []
+        for start in range(0, length, BLOCK_TOKENS):
+            first, end = max(0, start + BLOCK_TOKENS - reach * BLOCK_TOKENS), min(start + BLOCK_TOKENS, length)
+            scores = scores_in_documents(queries[:, start:end], keys[:, first:end], starts, start, first)
+            probabilities = torch.softmax(scores, dim=-1).to(values.dtype)
+            mixed.append(torch.bmm(probabilities, values[:, first:end]))
+            kept.append(probabilities if keeps else scores.logsumexp(dim=-1, keepdim=True))
+        ctx.save_for_backward(queries, keys, values, starts, *kept)
+        ctx.reach, ctx.keeps, ctx.shape = reach, keeps, shape
+        return torch.cat(mixed, dim=1).view(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = upstream[0].flatten(0, 1)
+        queries, keys, values, starts, *kept = ctx.saved_tensors
+        scale, length = queries.shape[-1] ** -0.5, queries.shape[1]
+        by_queries = []
+        by_keys, by_values = (torch.zeros_like(part, dtype=torch.float32) for part in (keys, values))
+        for number, start in enumerate(range(0, length, BLOCK_TOKENS)):
+            first, end = max(0, start + BLOCK_TOKENS - ctx.reach * BLOCK_TOKENS), min(start + BLOCK_TOKENS, length)
+            probabilities = kept[number]
+            if not ctx.keeps:
+                scores = scores_in_documents(queries[:, start:end], keys[:, first:end], starts, start, first)
+                probabilities = (scores - probabilities).exp().to(values.dtype)
+            by_values[:, first:end] += torch.bmm(probabilities.mT, gradient[:, start:end])
+            by_probabilities = torch.bmm(gradient[:, start:end], values[:, first:end].mT).float()
+            means = (by_probabilities * probabilities).sum(dim=-1, keepdim=True)
+            by_scores = ((by_probabilities - means) * probabilities * scale).to(keys.dtype)
+            by_queries.append(torch.bmm(by_scores, keys[:, first:end]))
+            by_keys[:, first:end] += torch.bmm(by_scores.mT, queries[:, start:end])
+        gradients = torch.cat(by_queries, dim=1), by_keys.to(keys.dtype), by_values.to(values.dtype)
+        return *(part.view(ctx.shape) for part in gradients), None, None
+
+
+def scores_in_documents(queries: Tensor, keys: Tensor, starts: Tensor, start: int, first: int) -> Tensor:
+    """Scaled scores [B x H, q, k] in float32 of queries from `start` on and keys from `first` on; -inf where unseen."""
+    scores = torch.bmm(queries, keys.mT).float() * queries.shape[-1] ** -0.5
+    length, rows = queries.shape[1], len(starts)
+    query_places = torch.arange(start, start + length, device=starts.device, dtype=torch.int32)
+    key_places = torch.arange(first, first + keys.shape[1], device=starts.device, dtype=torch.int32)
+    seen = (key_places >= starts[:, start : start + length, None]) & (key_places <= query_places[:, None])
+    by_row = scores.unflatten(0, (rows, -1))
+    return by_row.masked_fill(~seen[:, None], -torch.inf).flatten(0, 1)

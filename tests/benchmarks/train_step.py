@@ -41,12 +41,14 @@ PEERS = {"modern": ("transformers", "litgpt"), "classic": ("transformers",)}
 
 
 class Batch:
-    """The same tokens for every candidate."""
-
-    document_ids = None
+    """The same tokens for every candidate, which `--documents` cuts into documents of random lengths."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         generator = torch.Generator().manual_seed(0)
+        self.document_ids: torch.Tensor | None = None
+        if options.documents:
+            ends = torch.rand(options.batch, options.context, generator=generator) < 1 / options.documents
+            self.document_ids = ends.cumsum(dim=1).int()
         shape = (options.batch, options.context + 1)
         rows = torch.randint(0, options.vocabulary, shape, generator=generator).to(options.device)
         self.tokens, self.targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
@@ -159,6 +161,11 @@ LEVERS: dict[str, Callable[[argparse.Namespace], None]] = {
     "garbage collector on": lambda options: setattr(gc, "disable", lambda: None),
     "activations computed again": lambda options: vars(options).update(recompute=True),
 }
+# With --documents: what the boundaries cost, and what they would with a mask.
+DOCUMENT_LEVERS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "no document boundaries": lambda options: vars(options).update(documents=0),
+    "boundaries by a mask": lambda options: setattr(gpt.Attention, "find_document_attention", lambda *_: None),
+}
 CPU_LEVERS: dict[str, Callable[[argparse.Namespace], None]] = {
     "PyTorch's attention": lambda options: setattr(attention, "pays", lambda *_: False),
     "each product divided among cores": lambda options: setattr(training, "MAX_SHARES", 1),
@@ -172,9 +179,13 @@ GPU_MUON_LEVERS: dict[str, Callable[[argparse.Namespace], None]] = {
 
 
 def levers_of(options: argparse.Namespace) -> dict[str, Callable[[argparse.Namespace], None]]:
+    levers = LEVERS | (DOCUMENT_LEVERS if options.documents else {})
     if torch.device(options.device).type == "cpu":
-        return LEVERS | CPU_LEVERS
-    return LEVERS | (GPU_MUON_LEVERS if options.optimizer == "muon" else {})
+        levers |= CPU_LEVERS
+    elif options.optimizer == "muon":
+        levers |= GPU_MUON_LEVERS
+    chosen = options.only.split(",") if options.only else levers
+    return {name: lever for name, lever in levers.items() if name == "all" or name in chosen}
 
 
 def matmul_step(options: argparse.Namespace) -> Callable[[], float]:
@@ -333,6 +344,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--modes", default="eager,compiled")
     parser.add_argument("--levers", action="store_true", help="ours without one lever after another, in place of peers")
+    parser.add_argument("--only", help="these levers alone, with commas between them")
+    parser.add_argument(
+        "--documents", type=int, default=0, help="boundaries of documents of so many tokens on average; 0: none"
+    )
     parser.add_argument("--candidate", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.candidate:

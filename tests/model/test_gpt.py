@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.documents import find_documents
 from model.gpt import (
     GPT,
     ModelConfig,
@@ -165,11 +166,11 @@ def test_rows_of_different_lengths_share_a_batch(model: GPT) -> None:
 def test_document_boundaries_keep_attention_inside(model: GPT) -> None:
     first, second = random_tokens(2, 12)
     together = torch.cat((first, second))[None]
-    document_ids = torch.tensor([[0] * 12 + [1] * 12])
-    hidden = model.forward_hidden(together, document_ids=document_ids)
+    documents = find_documents(torch.tensor([[0] * 12 + [1] * 12]))
+    hidden = model.forward_hidden(together, documents=documents)
     torch.testing.assert_close(hidden[0, :12], model.forward_hidden(first[None])[0], rtol=1e-4, atol=1e-4)
     changed = torch.cat(((first + 1) % VOCABULARY, second))[None]
-    unchanged = model.forward_hidden(changed, document_ids=document_ids)[0, 12:]
+    unchanged = model.forward_hidden(changed, documents=documents)[0, 12:]
     torch.testing.assert_close(hidden[0, 12:], unchanged, rtol=1e-4, atol=1e-4)
     if model.config.is_modern:
         # RoPE knows only distances, so the second document computes as if it stood alone.

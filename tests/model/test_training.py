@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from model import training
 from model.checkpoint import export_weights, import_weights
+from model.documents import Documents
 from model.gpt import GPT, ModelConfig
 from model.optimizer import Optimizer, OptimizerConfig, build_optimizer
 from model.training import StepMeasures, autocast, choose_precision, parallelize, train_step
@@ -132,11 +133,11 @@ def test_cores_compile_one_after_another_and_compute_together(threads: int) -> N
     seen: list[int] = []
     whole_loss = model.loss
 
-    def loss(tokens: Tensor, targets: Tensor, document_ids: Tensor | None) -> Tensor:
+    def loss(tokens: Tensor, targets: Tensor, documents: Documents | None) -> Tensor:
         seen.append(threading.get_ident())
         if len(seen) > threads:
             meeting.wait(timeout=60)  # passes when both are here
-        return whole_loss(tokens, targets, document_ids)
+        return whole_loss(tokens, targets, documents)
 
     model.loss = loss  # type: ignore[method-assign]
     for step in range(2):

@@ -164,16 +164,22 @@ def follow(client: "JobSubmissionClient", job: str, address: str) -> int:
     try:
         client.get_job_status(job)
         asyncio.run(_print_log(client, job))
+        details = client.get_job_info(job)
     except KeyboardInterrupt:
         print(f"\n{job} goes on running.\n{how_to_return(job, address)}", flush=True)
         return 130
+    except OSError:  # what requests and aiohttp raise where nobody listens
+        raise ValueError(
+            f"The cluster at {address} no longer answers. If only the way to it is closed, open it, and"
+            f" `python -m jobs.submit --follow {job}` goes on. If its head has died, so has the job; what it finished"
+            f" is kept: start the cluster and submit the same again."
+        ) from None
     except RuntimeError as error:
         if "does not exist" in str(error):
             raise ValueError(
                 f"There is no job {job!r} at {address}; `ray job list --address {address}` names them."
             ) from None
         raise
-    details = client.get_job_info(job)
     print(f"{job}: {str(details.status).lower()}", flush=True)
     if details.status != "SUCCEEDED" and details.message:
         # Ray repeats the log in its message; it has just been printed.

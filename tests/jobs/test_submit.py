@@ -184,3 +184,15 @@ def test_a_job_that_nobody_knows_is_one_sentence() -> None:
 
     with pytest.raises(ValueError, match=r"There is no job 'nope' at http://head:8265; `ray job list --address"):
         submit.follow(Client(), "nope", "http://head:8265")  # type: ignore[arg-type]
+
+
+def test_a_cluster_that_goes_away_while_its_log_is_followed_is_one_sentence() -> None:
+    import requests
+
+    class Client:
+        def get_job_status(self, job: str) -> str:
+            raise requests.exceptions.ConnectionError(f"HTTPConnectionPool(host='head'): no {job}")
+
+    with pytest.raises(ValueError, match=r"no longer answers.*--follow mine` goes on.*submit the same again") as told:
+        submit.follow(Client(), "mine", "http://head:8265")  # type: ignore[arg-type]
+    assert "HTTPConnectionPool" not in str(told.value)

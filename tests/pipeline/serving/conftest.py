@@ -1,8 +1,10 @@
-"""Servers with settings of a test's own."""
+"""Servers with settings of a test's own, and the clients of the server that a file starts."""
 
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
+import openai
 import pytest
 
 from pipeline.config import ServeConfig
@@ -25,3 +27,15 @@ def start(tiny_registry: TinyRegistry) -> Iterator[Start]:
     yield begin
     for server in servers:
         server.close()
+
+
+@pytest.fixture
+def client(server: LocalServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
+@pytest.fixture
+def http(server: LocalServer) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=30) as found:
+        yield found

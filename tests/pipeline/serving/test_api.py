@@ -33,18 +33,6 @@ def server(tiny_registry: TinyRegistry) -> Iterator[LocalServer]:
     local.close()
 
 
-@pytest.fixture
-def client(server: LocalServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as found:
-        yield found
-
-
-@pytest.fixture
-def http(server: LocalServer) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=30) as found:
-        yield found
-
-
 def test_openai_client_completes(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="tiny", prompt="Return a new", max_tokens=10, seed=3)
     assert answer.model == "tiny"

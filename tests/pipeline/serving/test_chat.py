@@ -45,18 +45,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     local.close()
 
 
-@pytest.fixture
-def client(server: LocalServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as found:
-        yield found
-
-
-@pytest.fixture
-def http(server: LocalServer) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=30) as found:
-        yield found
-
-
 def prompt_of(messages: list[dict[str, str]]) -> list[int]:
     return encode(tiny_tokenizer(), OwnTemplate().render(messages, ask=True))[0].tolist()
 

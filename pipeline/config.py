@@ -239,6 +239,15 @@ class TrainConfig:
     evaluation_tokens: int = setting(1_048_576, "val tokens scored in each of them at most; 0 scores all")
     sample_prompts: list[str] = setting(["The "], "what the model completes at each evaluation", affects_result=False)
     sample_tokens: int = setting(64, "tokens in each of these samples", affects_result=False)
+    evaluate_tasks: list[str] = setting(
+        [], "tasks asked as the training goes, named as in evaluate.tasks: curves in MLflow", affects_result=False
+    )
+    evaluate_tasks_every_steps: int = setting(
+        0, "steps between two times that they are asked; 0: train.evaluate_every_steps", affects_result=False
+    )
+    evaluate_tasks_items: int = setting(
+        200, "items asked of each task, always the same: chosen by a hash", affects_result=False
+    )
     checkpoint_every_steps: int = setting(
         500, "steps between checkpoints; 0 leaves it to the minutes", affects_result=False
     )
@@ -265,8 +274,14 @@ class TrainConfig:
         for name in ("steps", "batch_tokens", "micro_batch_sequences", "evaluate_every_steps", "log_every_steps"):
             require(getattr(self, name) > 0, f"train.{name} must be positive.")
         not_negative = ("evaluation_tokens", "checkpoint_every_steps", "checkpoint_every_minutes", "threads_per_worker")
-        for name in (*not_negative, "resize_seconds"):
+        for name in (*not_negative, "resize_seconds", "evaluate_tasks_every_steps"):
             require(getattr(self, name) >= 0, f"train.{name} cannot be negative.")
+        require(self.evaluate_tasks_items > 0, "train.evaluate_tasks_items must be positive.")
+        require(
+            not self.evaluate_tasks or self.sharding == "ddp",
+            "train.evaluate_tasks needs train.sharding=ddp: of a model that is shared out no worker can ask alone."
+            " evaluate.tasks asks the finished one.",
+        )
         require(self.keep_checkpoints >= 1, "train.keep_checkpoints must be at least 1.")
         require(self.sample_tokens > 0, "train.sample_tokens must be positive.")
         require(self.cpus_per_worker > 0, "train.cpus_per_worker must be positive.")

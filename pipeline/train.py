@@ -18,6 +18,8 @@ from pipeline import tracking
 from pipeline.artifacts import Artifact, FileRecord, Manifest, describe_difference
 from pipeline.config import Config, result_settings, to_yaml
 from pipeline.corpus.mixing import MIX
+from pipeline.evaluation.exam import choose_exam
+from pipeline.evaluation.tasks import parse_entries
 from pipeline.training.checkpoints import CheckpointStore
 from pipeline.training.history import History
 from pipeline.training.launch import launch
@@ -31,6 +33,7 @@ EXPORTED = ("config.json", "generation_config.json", "model.safetensors", "token
 
 
 def settings(config: Config) -> dict[str, Any]:
+    parse_entries(config.train.evaluate_tasks)  # asked for before anything runs: a wrong name is known now
     sections = {
         "model": config.model, "optimizer": config.optimizer, "stream": config.stream, "train": config.train
     }  # fmt: skip
@@ -42,6 +45,7 @@ def settings(config: Config) -> dict[str, Any]:
 def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Manifest:
     """Train to the last step, resuming where an earlier run of the same settings stopped."""
     check_inputs(config, inputs)
+    exam = choose_exam(config.train.evaluate_tasks, config.train.evaluate_tasks_items)
     facts = open_run(config, inputs, output)
     plan = plan_training(
         config,
@@ -50,6 +54,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
         tracking_uri=facts["tracking_uri"],
         mlflow_run_id=facts["mlflow_run_id"],
         started=facts["started"],
+        exam=exam,
     )
     try:
         result = launch(plan)

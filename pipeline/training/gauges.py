@@ -24,7 +24,10 @@ GAUGES = {
 }
 STEP = ("gpt_train_step", "optimizer steps done")
 # Where the wall clock went: one gauge, an `activity` each.
-TIME = ("gpt_train_seconds", "wall clock by activity: compute, data_wait, checkpoint, evaluation, startup, restart")
+TIME = (
+    "gpt_train_seconds",
+    "wall clock by activity: compute, data_wait, checkpoint, evaluation, tasks, startup, restart",
+)
 
 
 class TrainingGauges:

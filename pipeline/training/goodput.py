@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from model.gpus import find_gpu
 
-ACTIVITIES = ("compute", "data_wait", "checkpoint", "evaluation", "startup", "restart")
+ACTIVITIES = ("compute", "data_wait", "checkpoint", "evaluation", "tasks", "startup", "restart")
 
 
 class TimeSplit:

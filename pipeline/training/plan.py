@@ -6,12 +6,26 @@ plan = plan_training(config, inputs, output, tracking_uri=..., mlflow_run_id=...
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
 
 from model.chat import TEMPLATE_FILE
 from model.config import ModelConfig, OptimizerConfig
+from model.gpt import GPT
+from model.tokenizer import Tokenizer
 from pipeline.artifacts import Artifact
 from pipeline.config import Config, StreamConfig, TrainConfig
 from pipeline.corpus.mixing import bytes_per_target, members_of
+
+
+class Exam(Protocol):
+    """What a training asks its model as it goes; which tasks those are, it does not know."""
+
+    def ask(
+        self, model: GPT, tokenizer: Tokenizer, precision: torch.dtype, rank: int, world_size: int
+    ) -> tuple[dict[str, float], list[str]]:
+        """Ask on all ranks together; return figures by their names, and the lines that say them."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,7 @@ class TrainingPlan:
     bytes_per_token: float  # of what is learnt of the training split: turns nats per token into bits per byte
     chat_template: str = ""  # of shards that hold conversations; checkpoints carry it
     start: str = ""  # a Hugging Face folder that every worker can read, for the first weights; empty: random ones
+    exam: Exam | None = None
     tracking_uri: str = ""
     mlflow_run_id: str = ""  # empty: nothing goes to MLflow
     started: float = field(default_factory=time.time)  # Unix time of the run's first start, restarts included
@@ -44,6 +59,7 @@ def plan_training(
     tracking_uri: str,
     mlflow_run_id: str,
     started: float,
+    exam: Exam | None = None,
 ) -> TrainingPlan:
     """Plan the training that a config describes, on the shards and with the tokenizer among `inputs`."""
     shards = inputs["prepare"].manifest()
@@ -61,6 +77,7 @@ def plan_training(
         vocab_size=shards.counts["vocabulary_size"],
         bytes_per_token=bytes_per_target(members_of(inputs["prepare"])),
         chat_template=inputs["prepare"].read_text(TEMPLATE_FILE) if TEMPLATE_FILE in shards.files else "",
+        exam=exam,
         tracking_uri=tracking_uri,
         mlflow_run_id=mlflow_run_id,
         started=started,

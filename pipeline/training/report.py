@@ -118,6 +118,12 @@ class Report:
         frozen, name = history.copy(), self._plan.name
         self._tracker.log_drawing("loss.png", lambda: frozen.draw(name))
 
+    def examined(self, figures: dict[str, float], lines: list[str]) -> None:
+        """Note what tasks came to at this step."""
+        self._tracker.log_metrics({f"tasks/{name}": value for name, value in figures.items()}, self._history.step)
+        for line in lines:
+            self._say(f"step {self._history.step:,}: {line}")
+
     def is_save_due(self) -> bool:
         minutes = self._options.checkpoint_every_minutes
         return minutes > 0 and time.monotonic() - self._last_save > 60 * minutes

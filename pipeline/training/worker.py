@@ -146,6 +146,14 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
             gc.collect()
         return score.bits_per_byte
 
+    def examine() -> None:
+        """Ask the tasks' items, shared out over the ranks; no step's randomness and no weight is touched."""
+        if plan.exam is not None:
+            with clock.during("tasks"):
+                figures, lines = plan.exam.ask(model, tokenizer, precision, rank, world_size)
+                if report is not None:
+                    report.examined(figures, lines)
+
     def save(bits_per_byte: float | None) -> None:
         """Copy what a resume needs; it is written while training goes on."""
         if report is None and strategy != "fsdp":
@@ -173,6 +181,7 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
     try:
         if history.step == 0:
             evaluate()
+            examine()
         gc.collect()
         gc.disable()  # its pauses would hold up every rank; it runs at each evaluation
         while history.step < options.steps and not stopping:
@@ -199,12 +208,16 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
             stopping, saving = agreement.exchange(save=report is not None and report.is_save_due())
             finished = history.step == options.steps
             evaluating = finished or history.step % options.evaluate_every_steps == 0
+            every = options.evaluate_tasks_every_steps or options.evaluate_every_steps
+            examining = plan.exam is not None and (finished or history.step % every == 0)
             every = options.checkpoint_every_steps
             saving = saving or stopping or finished or (every > 0 and history.step % every == 0)
-            if evaluating or saving:
+            if evaluating or examining or saving:
                 read_measures(unread, optimizer, history, report)
                 unread = None
                 bits_per_byte = evaluate() if evaluating else None
+                if examining:
+                    examine()
                 if saving or bits_per_byte == history.best_bits_per_byte:
                     save(bits_per_byte)
         agreement.close()

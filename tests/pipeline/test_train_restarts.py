@@ -15,10 +15,15 @@ import boto3
 import mlflow
 import psutil
 import pytest
+import torch
 
+from model.checkpoint import load_model
+from model.tokenizer import load_tokenizer
+from pipeline.evaluation.exam import choose_exam
 from pipeline.training import launch, worker
 from tests.mlflow_store import free_port, mlflow_server
 from tests.pipeline.tiny_training import (
+    WORDS,
     Training,
     dying_worker,
     last_checkpoint,
@@ -51,20 +56,41 @@ def same_as(training: Training, other: Training) -> None:
     assert len(mlflow.search_runs(search_all_experiments=True)) == 1
 
 
-def killed(monkeypatch: pytest.MonkeyPatch, folder: Path, *deaths: tuple[int, int, str]) -> Training:
+def killed(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, *deaths: tuple[int, int, str], settings: tuple[str, ...] = ()
+) -> Training:
     monkeypatch.setattr(launch, "train_worker", dying_worker(folder, *deaths))
-    return start_training(str(folder / "storage"))
+    return start_training(str(folder / "storage"), *settings)
 
 
-def test_killed_rank(undisturbed: Training, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    training = killed(monkeypatch, tmp_path, (1, 6, "step"))
-    same_as(training, undisturbed)
+def test_killed_rank_of_a_training_that_asks_tasks_as_it_goes(
+    undisturbed: Training, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine.jsonl"
+    pairs = [{"good": f"the {one} sat on {two}", "bad": f"the {two} {one} sat"} for one in WORDS for two in WORDS]
+    mine.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    settings = (f"train.evaluate_tasks=[{mine}]", "train.evaluate_tasks_every_steps=4", "train.evaluate_tasks_items=25")
+    training = killed(monkeypatch, tmp_path, (1, 6, "step"), settings=settings)
+    same_as(training, undisturbed)  # which asked none
     assert training.manifest.counts["restarts"] == 1
     [restart] = training.history().restarts
     assert restart["step"] in (4, 6)  # that of step 6, the best so far, may have been on its way
     assert restart["workers"] == 2
     assert restart["why"]
     assert training.history().seconds["restart"] > 0
+
+    curve = training.metric_history()("tasks/mine/bits_per_byte")
+    assert [metric.step for metric in curve] == [0, 4, 8, 12]
+    assert curve[-1].value < curve[0].value - 0.5
+    assert training.history().seconds["tasks"] > 0
+    assert "step 12: mine acc " in capsys.readouterr().out
+    exam = choose_exam(training.config.train.evaluate_tasks, 25)
+    assert exam is not None
+    folder = training.output.download(tmp_path / "again") / "checkpoint"
+    assert training.manifest.counts["best_step"] == 12
+    alone, _ = exam.ask(load_model(folder), load_tokenizer(folder), torch.float32, rank=0, world_size=1)
+    assert curve[-1].value == pytest.approx(alone["mine/bits_per_byte"], rel=1e-5)
+    assert (folder / "README.md").read_text().count("bits per byte of held-out text, as the training measured it") == 1
 
 
 @pytest.mark.slow

@@ -176,6 +176,11 @@ class PrepareConfig:
     near_duplicate_similarity: float = setting(
         0.8, "the share of common 5-word runs (5 characters without spaces) that makes texts the same"
     )
+    decontaminate: list[str] = setting(
+        [],
+        "drop documents that share 13 words in a row with an item of these tasks, named as in evaluate.tasks",
+        added_later=True,
+    )
     workers: int = setting(0, "tasks at a time; 0 uses every CPU of the cluster", affects_result=False)
 
     def __post_init__(self) -> None:

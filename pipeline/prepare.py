@@ -29,6 +29,7 @@ from model.tokenizer import Tokenizer, parse_tokenizer
 from pipeline.artifacts import MANIFEST, Artifact, FileRecord, Manifest, Recipe, artifact_at
 from pipeline.config import Config, result_settings
 from pipeline.corpus import card, cleaning, conversations
+from pipeline.corpus.contamination import REASON, RUNS, Runs, keep_runs, load_runs
 from pipeline.corpus.files import Listing, Slice, fingerprint_part, listing_of, slices
 from pipeline.corpus.formats import REPLACED, read
 from pipeline.corpus.mixing import MIX, Member, note_members, tokens_per_epoch
@@ -36,6 +37,7 @@ from pipeline.corpus.omissions import EMPTY, LEAST_VALIDATION_DOCUMENTS, warn
 from pipeline.corpus.progress import Progress
 from pipeline.corpus.shards import ShardWriter
 from pipeline.corpus.units import SPLITS, PreparePlan, Tally, Task, Unit, read_records, run_units, sum_tallies
+from pipeline.evaluation.tasks import load_task, parse_entries
 
 FORMAT_VERSION = 1
 DOCUMENTS_PER_BATCH = 64  # encoded together
@@ -46,6 +48,7 @@ PARTITION_BYTES = 500_000_000
 
 def settings(config: Config) -> dict[str, Any]:
     found = result_settings(config.prepare)
+    parse_entries(config.prepare.decontaminate)  # asked for before anything runs: a wrong name is known now
     if config.source.holds_conversations:  # they are cut to the context, and their text depends on the template
         found |= {"context_length": config.model.context_length, "chat_template": CHAT_TEMPLATE}
     if config.source.mix:
@@ -90,6 +93,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
         most_tokens=config.model.context_length + 1 if is_talk else 0,  # the last one is a target only
     )
     there = output.list_files()
+    runs = _collect_runs(config.prepare.decontaminate, output)
+    if runs is not None:
+        plan = replace(plan, runs=RUNS)
     if config.prepare.drop_exact_duplicates or config.prepare.drop_near_duplicates:
         plan = _find_duplicates(plan, found, there)
     tallies = _prepare_all(plan, found, read_records(plan, there, PREPARE))
@@ -125,15 +131,18 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
         "bytes_per_token": round(sum(total.splits[split]["bytes"] for split in SPLITS) / total.tokens, 4),
         "lengths": total.lengths,
     }
+    if runs is not None:
+        counts["decontaminated"] = runs.count(total.dropped)
     if is_talk:
         counts["cut"] = total.cut
         files[TEMPLATE_FILE] = output.write_text(TEMPLATE_FILE, plan.chat_template)
     pages = card.write(config, counts, files, first_shard=min(name for name in files if name.startswith("train/")))
     files |= {name: output.write_bytes(name, content) for name, content in pages.items()}
     manifest = output.commit(counts, files)
-    _clear_work(plan, {*there, *first.files, *total.files, *plan.duplicates}, tallies, files)
+    extra = {*plan.duplicates, *([RUNS] if runs is not None else [])}
+    _clear_work(plan, {*there, *first.files, *total.files, *extra}, tallies, files)
     card.log_to_mlflow(config, output, manifest, pages)
-    _say(total, listing)
+    _say(total, listing, runs)
     return manifest
 
 
@@ -170,7 +179,14 @@ def _run_mix(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -
     return manifest
 
 
-def _say(total: Tally, listing: Listing) -> None:
+def _collect_runs(entries: list[str], output: Artifact) -> Runs | None:
+    """Write down the runs of words of the items of `prepare.decontaminate`; None where it names no task."""
+    tasks = [load_task(entry) for entry in entries]
+    items = {task.name: [[item.context + ending for ending in item.endings] for item in task.items] for task in tasks}
+    return keep_runs(Runs.of(items), output) if items else None
+
+
+def _say(total: Tally, listing: Listing, runs: Runs | None) -> None:
     """Print what was kept and what was lost, and warn of what somebody should look at."""
     omissions = total.omissions
     reasons = omissions.reasons(listing)
@@ -186,6 +202,10 @@ def _say(total: Tally, listing: Listing) -> None:
             f"The validation split has {validation['documents']:,} documents with {validation['tokens']:,} tokens: too"
             f" few for a loss that says much. Add text, or raise prepare.validation_fraction."
         )
+    if runs is not None:
+        lines, more = runs.describe(total.dropped)
+        warnings += more
+        print("".join(f"prepare   {line}\n" for line in lines), end="", flush=True)
     warn("prepare", warnings)
 
 
@@ -332,6 +352,7 @@ def sign_unit(plan: PreparePlan, unit: Unit) -> Tally:
 
 def _clean_documents(plan: PreparePlan, unit: Unit, tally: Tally) -> Iterator[tuple[int, str, str]]:
     """Yield (position, text, note) of the documents that no rule drops by themselves; count the others."""
+    runs = load_runs(plan.output) if plan.runs else None
     for position, (text, note) in enumerate(read(unit.slice, plan.source, unit.piece)):
         if text is None:
             tally.dropped[note] += 1
@@ -339,6 +360,8 @@ def _clean_documents(plan: PreparePlan, unit: Unit, tally: Tally) -> Iterator[tu
         tally.source_bytes += len(text) if text.isascii() else len(text.encode())
         said = conversations.plain_text(text) if plan.chat_template else text
         reason = EMPTY if not text.strip() else cleaning.reason_to_drop(said, plan.settings)
+        if not reason and runs is not None and (task := runs.find(said)):
+            reason = REASON + task
         if reason:
             tally.dropped[reason] += 1
         else:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.artifacts import Artifact, FileRecord, Manifest
 from pipeline.config import Config, to_yaml
+from pipeline.corpus.contamination import RUN_WORDS
 from pipeline.corpus.files import count_endings
 from pipeline.corpus.mixing import Member
 
@@ -40,6 +41,11 @@ def sum_counts(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     total["bytes_per_token"] = round(spelled / tokens, 4)
     if any("cut" in counts for counts in each):
         total["cut"] = sum(counts.get("cut", 0) for counts in each)
+    if "decontaminated" in each[0]:
+        total["decontaminated"] = {
+            task: found | {"documents": sum(counts["decontaminated"][task]["documents"] for counts in each)}
+            for task, found in each[0]["decontaminated"].items()
+        }
     return total
 
 
@@ -146,6 +152,7 @@ def _describe(config: Config, counts: Mapping[str, Any], files: Mapping[str, Fil
             "|---|---|",
             *dropped,
             "",
+            *_describe_decontamination(counts),
             "## Lengths",
             "",
             "![how many documents have how many tokens](histogram.png)",
@@ -197,6 +204,27 @@ def _describe_conversations(counts: Mapping[str, Any]) -> list[str]:
     return [
         f"Conversations: {learnt:,} of {tokens:,} tokens are learnt, those that the assistant speaks (column `learn`)."
         f" {counts['cut']:,} conversations were cut after a whole turn to fit the context.",
+    ]
+
+
+def _describe_decontamination(counts: Mapping[str, Any]) -> list[str]:
+    """Say by which tasks documents were dropped, and which of their items none is recognised by."""
+    if "decontaminated" not in counts:
+        return []
+    rows = [
+        f"| {task} | {found['documents']:,} | {found['items']:,} | {found['short_items']:,} |"
+        for task, found in counts["decontaminated"].items()
+    ]
+    return [
+        "## Decontamination",
+        "",
+        f"Dropped was every document that shares {RUN_WORDS} words in a row with an item; one that does so with several"
+        " tasks is counted under the first. Items of fewer words recognise none.",
+        "",
+        "| task | documents | items | too short |",
+        "|---|---|---|---|",
+        *rows,
+        "",
     ]
 
 

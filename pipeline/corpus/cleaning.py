@@ -42,6 +42,11 @@ _WORD = re.compile(rf"[{_SPACELESS}]|[^\W{_SPACELESS}]+")
 _COMMON = re.compile(r"\b(?:the|be|to|of|and|that|have|with|is|are|was|for|in|it|this|on|as|you)\b")
 
 
+def find_words(text: str) -> list[str]:
+    """Return a text's words in lower case, without what stands between them."""
+    return _WORD.findall(text.lower())
+
+
 def reason_to_drop(text: str, settings: PrepareConfig) -> str:
     """Judge one document; return the reason to drop it, or an empty string to keep it."""
     if len(text) < settings.min_characters:
@@ -98,7 +103,7 @@ def minhash(text: str) -> np.ndarray | None:
 
     None where there are no words.
     """
-    words = _WORD.findall(text.lower())
+    words = find_words(text)
     if not words:
         return None
     from datasketch import MinHash  # here, for it takes seconds to import and few corpora need it

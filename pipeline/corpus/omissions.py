@@ -5,13 +5,19 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from pipeline.corpus import cleaning
+from pipeline.corpus import cleaning, contamination
 from pipeline.corpus.files import Listing, count_endings
 from pipeline.corpus.formats import REPLACED, Document
 
 EMPTY = "empty"
 # What somebody asked for with a setting; the other reasons are faults of the input.
 ASKED_FOR = (cleaning.TOO_SHORT, cleaning.TOO_LONG, cleaning.LOW_QUALITY, cleaning.EXACT, cleaning.NEAR)
+
+
+def is_asked_for(reason: str) -> bool:
+    return reason in ASKED_FOR or reason.startswith(contamination.REASON)
+
+
 MOST_LOST = 0.05  # share of the documents, or of the files, from which on a warning is due
 MOST_ASKED_FOR = 0.5
 LEAST_VALIDATION_DOCUMENTS = 10
@@ -52,7 +58,7 @@ class Omissions:
     def warnings(self, listing: Listing) -> list[str]:
         """Return a sentence for each kind of loss that somebody should look at before training."""
         found = []
-        lost = sum(count for reason, count in self.dropped.items() if reason not in ASKED_FOR) + self.replaced
+        lost = sum(count for reason, count in self.dropped.items() if not is_asked_for(reason)) + self.replaced
         if lost > MOST_LOST * self.read:
             found.append(
                 f"{lost / self.read:.1%} of the documents were lost or have replaced characters"
@@ -64,7 +70,7 @@ class Omissions:
                 f"{unread:,} of {unread + files:,} files were not read, because of their endings:"
                 f" {count_endings(listing.ignored)}."
             )
-        for reason in ASKED_FOR:
+        for reason in filter(is_asked_for, sorted(self.dropped)):
             if self.dropped[reason] > MOST_ASKED_FOR * self.read:
                 why = " prepare.quality_filter knows English prose alone." if reason == cleaning.LOW_QUALITY else ""
                 found.append(f"{self.dropped[reason] / self.read:.1%} of the documents were dropped: {reason}.{why}")

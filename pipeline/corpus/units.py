@@ -50,6 +50,7 @@ class PreparePlan:
     # corpus, where one split would be empty, just above the lowest hash.
     val_below: int
     duplicates: tuple[str, ...] = ()  # the files that list them
+    runs: str = ""  # the file with the runs of words that no document may share with a task's items
     # Of conversations: what makes text of them, and how many tokens one may have. Empty and 0 for text.
     chat_template: str = ""
     most_tokens: int = 0

@@ -19,6 +19,7 @@ from model.tokenizer import Tokenizer, train_bpe
 from pipeline import prepare
 from pipeline.artifacts import Artifact, Manifest, artifact_at
 from pipeline.config import Config, load_config
+from pipeline.corpus.contamination import RUNS
 from pipeline.corpus.files import fingerprint_source
 
 WORDS = "the map of an iterable yields results and function argument returns value when object called".split(" ")  # noqa: SIM905
@@ -244,6 +245,46 @@ def test_duplicates_are_dropped_and_the_first_stays(ray_session: None, tmp_path:
     assert len(kept) == len(set(kept)) >= 195
     assert set(kept) <= set(texts)
     assert set(output.list_files()) == {*manifest.files, "manifest.json"}
+
+
+def test_documents_that_hold_what_will_be_asked_are_dropped_and_counted_by_task(
+    ray_session: None, tmp_path: Path, storage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clean, questions = make_texts(60), make_texts(20, seed=9)
+    long = [text for text in questions if len(text.split()) > 15]
+    leaking = [f"Somebody wrote: {text.upper()} And so on." for text in long[:5]]
+    rows = {
+        "asked": [{"context": text, "choices": ["yes", "no"], "gold": 0} for text in long[:3]],
+        "told": [{"good": text, "bad": f"No. {text}"} for text in [*long[2:5], "Too short."]],
+    }
+    for name, each in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
+    source = write_jsonl(tmp_path / "x.jsonl", [*clean[:30], *leaking, *clean[30:]])
+    tasks = f"[{tmp_path}/asked.jsonl,{tmp_path}/told.jsonl]"
+    config = configure(storage, source, **{"prepare.decontaminate": tasks})
+    output, manifest = run(config, storage)
+    tokenizer = tokenizer_in(storage)[1]
+    kept = [text for split in ("train", "val") for text in read_texts(output, tokenizer, split)]
+    assert sorted(kept) == sorted(clean)
+    assert manifest.counts["dropped"] == {"with items of asked": 3, "with items of told": 2}
+    assert manifest.counts["decontaminated"] == {
+        "asked": {"documents": 3, "items": 3, "short_items": 0},
+        "told": {"documents": 2, "items": 4, "short_items": 1},
+    }
+    said = capsys.readouterr()
+    assert "kept 60 of 65 documents; dropped 5: 3 with items of asked, 2 with items of told" in said.out
+    assert "2 documents held items of told (4 items)" in said.out
+    assert "| told | 2 | 4 | 1 |" in output.read_text("README.md")
+    assert not output.exists("work")
+
+    # A stopped run goes on with the same items, and with no others.
+    stopped = artifact_at(storage, "test", "prepare", "q".ljust(20, "0"))
+    stopped.write_text(RUNS, "those of other items")
+    with pytest.raises(ValueError, match=r"The items of asked, told have changed since documents were dropped by them"):
+        run(config, storage, "q")
+    plain = prepare.settings(configure(storage, source))
+    assert "decontaminate" not in plain
+    assert prepare.settings(config) == plain | {"decontaminate": config.prepare.decontaminate}
 
 
 def test_a_long_document_and_a_long_word_go_through(ray_session: None, tmp_path: Path, storage: str) -> None:

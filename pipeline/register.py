@@ -28,6 +28,7 @@ from pipeline.artifacts import Artifact, Manifest
 from pipeline.config import CHALLENGER, Config, result_settings
 from pipeline.corpus.documents import read_documents
 from pipeline.evaluation.comparison import Change, compare_outcomes, decide, measure_gain
+from pipeline.evaluation.model_card import README, Facts, summarise_card, write_card
 from pipeline.evaluation.report import read_outcomes
 from pipeline.evaluation.spread import Place, Version, score_documents
 from pipeline.registry import GATE_TAG, PROBE_TAG, REFUSED_TAG
@@ -95,6 +96,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
     name, alias = config.registered_name, config.register.alias
     weights = digest_weights(trained)
     version = find_version(client, name, weights, output.fingerprint)
+    card = write_card(Facts.of(config, inputs["prepare"], trained, inputs["evaluate"]))
     figure = f"{evaluated.counts['bits_per_byte']:.5f}"
     if version is None:
         run_id = tracking.find_run(config, inputs["train"])
@@ -109,14 +111,15 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
             "bits_per_byte": figure,
             PROBE_TAG: f"{evaluated.counts[PROBE_TAG]:.5f}",
         }
-        version = log_version(config, client, inputs["train"], trained, run_id, tags)
+        version = log_version(config, client, inputs["train"], trained, run_id, tags, card)
     else:  # the same weights: what is known of them is added to, never replaced
         key = f"bits_per_byte.{inputs['evaluate'].fingerprint[:8]}"
         client.set_model_version_tag(name, version, key, figure)
+    client.update_model_version(name, version, summarise_card(card))
     verdict = judge(config, client, version, inputs)
     taken = move_aliases(config, client, version, verdict)
     print(f"register  version {version} of {name} is the {taken}: {verdict.reason}")
-    files = {}
+    files = {README: output.write_text(README, card)}
     if verdict.facts:
         files["comparison.json"] = output.write_text("comparison.json", json.dumps(dict(verdict.facts)) + "\n")
     counts = {"model_name": name, "version": version, "alias": taken, "asked_alias": alias, "reason": verdict.reason}
@@ -258,13 +261,20 @@ def move_aliases(config: Config, client: mlflow.MlflowClient, version: str, verd
 
 
 def log_version(
-    config: Config, client: mlflow.MlflowClient, train: Artifact, trained: Manifest, run_id: str, tags: dict[str, str]
+    config: Config,
+    client: mlflow.MlflowClient,
+    train: Artifact,
+    trained: Manifest,
+    run_id: str,
+    tags: dict[str, str],
+    card: str,
 ) -> str:
     """Copy the checkpoint into MLflow as a pyfunc model (code and safetensors, no pickle) and register it."""
     name = config.registered_name
     with tempfile.TemporaryDirectory() as folder:
         records = {key: record for key, record in trained.files.items() if key.startswith("checkpoint/")}
         checkpoint = train.download(Path(folder), records) / "checkpoint"
+        (checkpoint / README).write_text(card, encoding="utf-8")
         with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
             # MLflow wishes for type hints and an example, past any filter; hints would override the signature.
             warnings.showwarning = lambda *_, **__: None

@@ -19,6 +19,7 @@ from pipeline.artifacts import Artifact, FileRecord, Manifest, describe_differen
 from pipeline.config import Config, result_settings, to_yaml
 from pipeline.corpus.mixing import MIX
 from pipeline.evaluation.exam import choose_exam
+from pipeline.evaluation.model_card import README, Facts, write_card
 from pipeline.evaluation.tasks import parse_entries
 from pipeline.training.checkpoints import CheckpointStore
 from pipeline.training.history import History
@@ -151,6 +152,23 @@ def finish(config: Config, plan: TrainingPlan, result: dict[str, Any]) -> Manife
             files[f"checkpoint/{name}"] = output.write_bytes(f"checkpoint/{name}", (checkpoint / name).read_bytes())
         last = next(name for name, _ in store.whole())
         history = History.load(store.fetch(last, Path(folder) / last))
+    counts = {
+        "mlflow_run_id": plan.mlflow_run_id,
+        "steps": config.train.steps,
+        "tokens": history.tokens,
+        "bits_per_byte": history.best_bits_per_byte,
+        "best_step": history.best_step,
+        "num_parameters": result["num_parameters"],
+        "device": result["device"],  # evaluate asks for its kind
+        "restarts": len(history.restarts),
+        "skipped_steps": history.skipped_steps,
+        "seconds": history.seconds,
+        "precision": history.precision,
+    }
+    shards = plan.shards.manifest()
+    assert shards is not None
+    facts = Facts(config, counts, shards.counts, {}, shards.fingerprint, output.fingerprint)
+    files[f"checkpoint/{README}"] = output.write_text(f"checkpoint/{README}", write_card(facts))
     picture = history.draw(config.name)
     files["loss.png"] = output.write_bytes("loss.png", picture)
     files["config.yaml"] = output.write_text("config.yaml", to_yaml(config))
@@ -161,19 +179,4 @@ def finish(config: Config, plan: TrainingPlan, result: dict[str, Any]) -> Manife
             print(f"MLflow did not answer; what it has not taken lies in {output.url}/unsent.json", flush=True)
     if output.exists("ray"):
         output.filesystem.rm(output.file("ray"), recursive=True)  # Ray Train's own notes; it needs them no more
-    return output.commit(
-        counts={
-            "mlflow_run_id": plan.mlflow_run_id,
-            "steps": config.train.steps,
-            "tokens": history.tokens,
-            "bits_per_byte": history.best_bits_per_byte,
-            "best_step": history.best_step,
-            "num_parameters": result["num_parameters"],
-            "device": result["device"],  # evaluate asks for its kind
-            "restarts": len(history.restarts),
-            "skipped_steps": history.skipped_steps,
-            "seconds": history.seconds,
-            "precision": history.precision,
-        },
-        files=files,
-    )
+    return output.commit(counts, files)

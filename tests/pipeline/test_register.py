@@ -1,3 +1,4 @@
+import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -15,7 +16,9 @@ from model.tokenizer import train_bpe
 from pipeline import register, tracking
 from pipeline.artifacts import Artifact, Manifest, artifact_at
 from pipeline.config import Config, RegisterConfig, load_config
+from pipeline.evaluation.model_card import summarise_card
 from pipeline.registry import PROBE_TAG, resolve
+from tests.pipeline.test_evaluate_tasks import DESCRIBED
 from tests.pipeline.tiny_training import write_shards, write_tokenizer
 
 TEXTS = [f"Document number {n} says that the cat sat on mat {n * n}." for n in range(1000)]
@@ -40,7 +43,9 @@ def config(storage: str, empty_store: Path) -> Config:
 def without_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Versions that hold nothing: writing a model takes seconds, and the gate reads none here."""
 
-    def log_version(config: Config, client: Any, train: Any, trained: Any, run_id: str, tags: dict[str, str]) -> str:
+    def log_version(
+        config: Config, client: Any, train: Any, trained: Any, run_id: str, tags: dict[str, str], card: str
+    ) -> str:
         if not client.search_registered_models(f"name = '{config.registered_name}'"):
             client.create_registered_model(config.registered_name)
         return str(client.create_model_version(config.registered_name, source=config.storage, tags=tags).version)
@@ -131,6 +136,22 @@ def test_a_version_says_where_it_came_from(project):
     assert champion.tags["bits_per_byte"] == "1.50000"
     assert champion.tags["checkpoint_url"].endswith("/checkpoint")
     assert champion.run_id == champion.tags["mlflow_run_id"]
+
+
+def test_a_versions_card_is_its_description_and_lies_in_its_folder(project, tmp_path):
+    inputs = project.inputs("a")
+    tasks = {"mine": DESCRIBED["blimp"]}
+    inputs["evaluate"].write_text("evaluation.json", json.dumps({"bits_per_byte": 1.5, "tasks": tasks, "samples": []}))
+    output = artifact_at(project.config.storage, "tiny", "register", "9" * 20)
+    register.run(project.config, inputs, output)
+    champion = mlflow.MlflowClient().get_model_version_by_alias("tiny", "champion")
+    folder = Path(mlflow.artifacts.download_artifacts("models:/tiny@champion", dst_path=str(tmp_path)))
+    card = (folder / "artifacts/checkpoint/README.md").read_text()
+    assert "| mine | acc | 0.6000 | 0.0500 | 100 | 0.5000 |" in card
+    assert champion.description == summarise_card(card)
+    assert output.read_text("README.md") == card
+    assert "library_name: transformers" in card
+    assert "library_name" not in champion.description
 
 
 def test_a_version_holds_the_weights_and_no_pickle(project, tmp_path):

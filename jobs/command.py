@@ -44,6 +44,7 @@ class Command:
 
     command = Command(__doc__)
     command.parser.add_argument("--from", dest="first")
+    command.add_flag("--force", "register.force=true", "what it means")
     sys.exit(command.main(lambda config, options: ...))
     """
 
@@ -54,6 +55,12 @@ class Command:
         self.parser.add_argument("preset", nargs="?", help="a YAML file, such as jobs/presets/demo.yaml")
         self.parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings over the preset")
         self.parser.add_argument("--verbose", action="store_true", help="show Ray's own logs, and tracebacks")
+
+    def add_flag(self, flag: str, setting: str, meaning: str) -> None:
+        """Let a flag stand for a setting."""
+        self.parser.add_argument(
+            flag, dest="flags", action="append_const", const=setting, help=f"{meaning}; short for {setting}"
+        )
 
     def main(self, run: Callable[["Config", argparse.Namespace], int | None], argv: Sequence[str] | None = None) -> int:
         """Parse, load the config, call `run`; returns the exit status: 2 for what the user can mend."""
@@ -68,7 +75,7 @@ class Command:
         stray = [word for word in unknown if word.startswith("-")]
         if stray:
             self.parser.error(f"there is no option {stray[0]}")
-        words = [*options.settings, *unknown]
+        words = [*options.settings, *unknown, *(getattr(options, "flags", None) or [])]
         if options.preset is not None and "=" in options.preset:
             words.insert(0, options.preset)
             options.preset = None
@@ -271,8 +278,17 @@ def name_command(job: str, options: argparse.Namespace) -> str:
     return shlex.join([*words, *options.words])
 
 
-def run_stage(stage: str, description: str | None, argv: Sequence[str] | None = None) -> int:
-    """Be the whole command of one stage: its inputs must be done, and it is skipped when it is done itself."""
+def run_stage(
+    stage: str,
+    description: str | None,
+    argv: Sequence[str] | None = None,
+    *,
+    flags: Sequence[tuple[str, str, str]] = (),
+) -> int:
+    """Be the whole command of one stage: its inputs must be done, and it is skipped when it is done itself.
+
+    `flags` are those of `Command.add_flag`.
+    """
 
     def run(config: "Config", options: argparse.Namespace) -> None:
         with ray_session(options.verbose):
@@ -287,4 +303,6 @@ def run_stage(stage: str, description: str | None, argv: Sequence[str] | None = 
 
     command = Command(description)
     command.parser.add_argument("--again", action="store_true", help="do it again although it is done")
+    for flag in flags:
+        command.add_flag(*flag)
     return command.main(run, argv)

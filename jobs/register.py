@@ -10,6 +10,7 @@ import sys
 
 from jobs.command import run_stage
 
+FORCE = ("--force", "register.force=true", "take the alias whatever the gate says, and record it")
+
 if __name__ == "__main__":
-    words = ["register.force=true" if word == "--force" else word for word in sys.argv[1:]]
-    sys.exit(run_stage("register", __doc__, words))
+    sys.exit(run_stage("register", __doc__, flags=[FORCE]))

@@ -37,6 +37,7 @@ from pipeline.corpus.omissions import EMPTY, LEAST_VALIDATION_DOCUMENTS, warn
 from pipeline.corpus.progress import Progress
 from pipeline.corpus.shards import ShardWriter
 from pipeline.corpus.units import SPLITS, PreparePlan, Tally, Task, Unit, read_records, run_units, sum_tallies
+from pipeline.evaluation.comparison import FEWEST_DOCUMENTS
 from pipeline.evaluation.tasks import load_task, parse_entries
 
 FORMAT_VERSION = 1
@@ -201,6 +202,12 @@ def _say(total: Tally, listing: Listing, runs: Runs | None) -> None:
         warnings.append(
             f"The validation split has {validation['documents']:,} documents with {validation['tokens']:,} tokens: too"
             f" few for a loss that says much. Add text, or raise prepare.validation_fraction."
+        )
+    elif validation["documents"] < FEWEST_DOCUMENTS:
+        warnings.append(
+            f"The validation split has {validation['documents']:,} documents, and register.gate decides nothing on"
+            f" fewer than {FEWEST_DOCUMENTS}: a second version would stay a challenger. Raise"
+            f" prepare.validation_fraction."
         )
     if runs is not None:
         lines, more = runs.describe(total.dropped)

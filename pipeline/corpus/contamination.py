@@ -86,8 +86,8 @@ class Runs:
             for name, found in self.count(dropped).items()
         ]
         warnings = [
-            f"{task.short:,} of the {task.items:,} items of {task.name} have fewer than {RUN_WORDS} words: no document is"
-            " recognised by those."
+            f"{task.short:,} of the {task.items:,} items of {task.name} have fewer than {RUN_WORDS} words: no document"
+            " is recognised by those."
             for task in self.tasks
             if task.short > task.items / 2
         ]
@@ -126,7 +126,8 @@ def keep_runs(runs: Runs, output: Artifact) -> Runs:
     if output.exists(RUNS) and output.read_bytes(RUNS) != content:
         names = ", ".join(task.name for task in runs.tasks)
         raise ValueError(
-            f"The items of {names} have changed since documents were dropped by them; delete {output.url} and run again."
+            f"The items of {names} have changed since documents were dropped by them; delete {output.url} and run"
+            " again."
         )
     output.write_bytes(RUNS, content)
     return runs

@@ -197,3 +197,15 @@ def test_after_a_run_the_terminal_says_where_mlflow_shows_it(tmp_path, monkeypat
 def test_s3_that_cannot_be_reached_is_said_in_one_sentence():
     error = EndpointConnectionError(endpoint_url="http://127.0.0.1:9/")
     assert explain(error) == 'S3 cannot be used: Could not connect to the endpoint URL: "http://127.0.0.1:9/"'
+
+
+def test_a_flag_stands_for_a_setting_and_is_in_the_help(capsys):
+    seen = []
+    command = Command("Try things.")
+    command.add_flag("--force", "register.force=true", "take the alias")
+    assert command.main(lambda config, options: seen.append(config.register.force), ["demo", "--force"]) == 0
+    assert seen == [True]
+    assert "register.force=true" in shlex.join(command.parser.parse_args(["--force"]).flags)
+    with pytest.raises(SystemExit):
+        command.main(lambda config, options: None, ["--help"])
+    assert "--force" in capsys.readouterr().out

@@ -300,6 +300,24 @@ def test_too_few_documents_are_said_to_be(project, scores):
 
 
 @pytest.mark.usefixtures("without_files")
+def test_with_another_validation_set_the_champion_is_scored_again_on_the_candidates(project, monkeypatch):
+    asked: list[tuple[int, list[str]]] = []
+
+    def score_documents(sources: Sequence[Any], texts: Sequence[str], place: object) -> list[list[float]]:
+        asked.append((len(sources), list(texts)))
+        return [[10.0] * len(texts), [20.0] * len(texts)]
+
+    monkeypatch.setattr(register, "score_documents", score_documents)
+    project.register("a")
+    others = [f"Another corpus has page {n}, about rivers and their {n * 7} bridges." for n in range(800)]
+    # Ten times the texts, of which a tenth is held out: its own, and none of the champion's.
+    project.shards = write_shards(project.config, train_bpe(TEXTS[:20], 300), others)
+    project.register("b")
+    assert asked == [(2, others[:80])]
+    assert aliases() == {"champion": "2"}
+
+
+@pytest.mark.usefixtures("without_files")
 def test_a_task_that_got_worse_keeps_a_better_model_out(project, scores):
     scores["b"] = 1.9
     project.register("a", right=[True] * 100)

@@ -39,7 +39,7 @@ class Beams:
         # Reads the prompt, and afterwards the text of each answer.
         self.prompt = Sequence(request, 0, 0, tokenizer)
         self._tokenizer = tokenizer
-        self._stop_tokens = {tokenizer.end_of_text, *request.settings.stop_tokens}
+        self._stop_tokens = {*tokenizer.stop_tokens, *request.settings.stop_tokens}
 
     @property
     def in_prompt(self) -> bool:

@@ -1,8 +1,8 @@
 """Conversations as tokens: which text a template makes of them, and what of it the assistant speaks.
 
     template = open_template(CHAT_TEMPLATE)             # ours, or what a folder's chat_template.jinja holds
-    ids, spoken = encode(tokenizer, template.render(messages))                  # to learn from
-    ids, _ = encode(tokenizer, template.render(messages, ask=True))             # to be answered
+    ids, spoken = encode(tokenizer, render(tokenizer, template, messages))              # to learn from
+    ids, _ = encode(tokenizer, render(tokenizer, template, messages, ask=True))         # to be answered
 
     <|chat|>user
     What is a cape?
@@ -15,6 +15,8 @@ after which every known pattern begins a new piece: an answer has the same token
 
 import json
 import re
+import secrets
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +58,7 @@ class Rendered:
 
     text: str
     spoken: tuple[tuple[int, int], ...] = ()
+    breaks: tuple[int, ...] = ()  # positions inside of what reads like a special token's name and is text
 
 
 class ChatTemplate(Protocol):
@@ -68,6 +71,10 @@ class ChatTemplate(Protocol):
     @property
     def stops(self) -> tuple[str, ...]:
         """Texts that no answer holds, for they begin another turn."""
+
+    @property
+    def escaped(self) -> tuple[str, ...]:
+        """Names of special tokens that the template itself makes plain text in what people write."""
 
     def render(self, messages: Sequence[Message], ask: bool = False) -> Rendered:
         """Render a conversation; `ask` adds what stands before the assistant's next answer.
@@ -93,6 +100,7 @@ class OwnTemplate:
 
     def __init__(self, end_of_turn: str = END_OF_TEXT) -> None:
         self._end = end_of_turn
+        self.escaped = (end_of_turn,)
 
     def render(self, messages: Sequence[Message], ask: bool = False) -> Rendered:
         check_messages(messages)
@@ -127,6 +135,7 @@ class ForeignTemplate:
     """A template that somebody else wrote; what the assistant speaks is what it marks, or what an answer adds."""
 
     stops: tuple[str, ...] = ()
+    escaped: tuple[str, ...] = ()
 
     def __init__(self, text: str, special_tokens: Mapping[str, str]) -> None:
         self.text = text
@@ -192,35 +201,71 @@ def load_template(folder: Path) -> ChatTemplate | None:
     return open_template(text, special)
 
 
+def render(tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message], ask: bool = False) -> Rendered:
+    """Render a conversation for `encode`: a special token's name that a person wrote stays text.
+
+    Only those of the template are tokens: nobody shall end another's turn. A template sees such a name with a mark
+    behind its first character, and the mark is taken out of what it has made.
+    """
+    names = [name for name in tokenizer.special_tokens if len(name) > 1 and name not in template.escaped]
+    written = "\n".join(message["content"] for message in messages)
+    if not any(name in written for name in names):
+        return template.render(messages, ask)
+    mark = f"\ue000{secrets.randbelow(10**12)}\ue001"  # no template means these, and none writes them otherwise
+    pattern = re.compile("|".join(f"(?={re.escape(name)})." for name in names), re.DOTALL)
+    marked = [
+        {**message, "content": pattern.sub(lambda first: first[0] + mark, message["content"])} for message in messages
+    ]
+    rendered = template.render(marked, ask)
+    places = [found.start() for found in re.finditer(mark, rendered.text)]
+
+    def shift(position: int) -> int:
+        return position - len(mark) * bisect_left(places, position)
+
+    return Rendered(
+        rendered.text.replace(mark, ""),
+        tuple((shift(start), shift(stop)) for start, stop in rendered.spoken),
+        tuple(map(shift, places)),
+    )
+
+
 def encode(tokenizer: Tokenizer, rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
     """Return a rendered conversation's ids, and for each whether the assistant speaks it (bool).
 
     Special tokens in the text are those tokens here, as they are to `transformers`. Raises `ValueError` on lone
     surrogates.
     """
-    special = {END_OF_TEXT: tokenizer.end_of_text}
-    pieces = re.split(f"({'|'.join(map(re.escape, special))})", rendered.text)
-    encoded = iter(tokenizer.encode_all([piece for piece in pieces if piece and piece not in special]))
-    ids, sizes = [], []
-    for piece in pieces:
-        if piece in special:
-            ids.append(np.array([special[piece]], tokenizer.dtype))
-            sizes.append(np.array([len(piece.encode())]))
-        elif piece:
+    parts = list(tokenizer.split_special(rendered.text, rendered.breaks))
+    between = [rendered.text[start:stop] for start, stop, special in parts if special is None]
+    encoded = iter(tokenizer.encode_all(between))
+    ids, sizes, starts = [], [], []  # of each part: its tokens, their bytes, and where it starts in bytes
+    length = 0
+    for start, stop, special in parts:
+        starts.append(length)
+        if special is None:
             ids.append(next(encoded))
             sizes.append(tokenizer.byte_lengths[ids[-1]])
+        else:
+            ids.append(np.array([special], tokenizer.dtype))
+            sizes.append(np.array([stop - start]))
+        length += int(sizes[-1].sum())
     if not ids:
         return np.zeros(0, tokenizer.dtype), np.zeros(0, bool)
     joined = np.concatenate(ids)
-    ends = np.cumsum(np.concatenate(sizes))  # of each token, in bytes of the text
+    ends = np.cumsum(np.concatenate(sizes))  # of each token, in bytes
+    firsts = [start for start, _, _ in parts]
+
+    def find_byte(position: int) -> int:
+        """Where a character is in the bytes that the tokens spell; a special token has as many as characters."""
+        part = bisect_right(firsts, position) - 1
+        start, _, special = parts[part]
+        before = rendered.text[start:position]
+        return starts[part] + (len(tokenizer.normalise(before).encode()) if special is None else len(before))
+
     spoken = np.zeros(len(joined), bool)
-    position = reached = 0
     for start, stop in rendered.spoken:
-        if start == stop:
-            continue
-        first_byte = position + len(rendered.text[reached:start].encode())
-        position, reached = first_byte + len(rendered.text[start:stop].encode()), stop
-        # A token that is partly the assistant's is the assistant's.
-        first, last = np.searchsorted(ends, (first_byte, position - 1), side="right")
-        spoken[first : last + 1] = True
+        if start < stop:
+            # A token that is partly the assistant's is the assistant's.
+            first, last = np.searchsorted(ends, (find_byte(start), find_byte(stop) - 1), side="right")
+            spoken[first : last + 1] = True
     return joined, spoken

@@ -71,10 +71,10 @@ class Engine:
     def __init__(self, model: GPT, tokenizer: Tokenizer, settings: EngineSettings | None = None) -> None:
         self.settings = settings or EngineSettings()
         self.tokenizer = tokenizer
-        self.vocab_size = model.vocab_size
+        self.vocab_size = tokenizer.vocab_size
         self.context_length = model.config.context_length
         require(
-            tokenizer.vocab_size == model.vocab_size,
+            tokenizer.vocab_size <= model.vocab_size,
             f"The tokenizer has {tokenizer.vocab_size} tokens and the model {model.vocab_size}; they do not match.",
         )
         self.runner = build_runner(model, self.settings)
@@ -151,7 +151,8 @@ class Engine:
         if not scheduled:
             return []
         try:
-            logits = self.runner.run([item for one in scheduled for item in one.work])
+            # A model may have rows for more tokens than there are: its makers liked a round number.
+            logits = self.runner.run([item for one in scheduled for item in one.work])[:, : self.vocab_size]
             healthy = are_numbers(logits)
         except Exception as error:
             if len(scheduled) > 1:

@@ -7,7 +7,7 @@ for text in stream_text(model, tokenizer, "Once upon", SamplingSettings(max_toke
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from model.chat import ChatTemplate, Message, encode
+from model.chat import ChatTemplate, Message, encode, render
 from model.engine import Engine, EngineSettings
 from model.gpt import GPT
 from model.sampling import SamplingSettings
@@ -37,7 +37,7 @@ def stream_text(
     was_training = model.training
     try:
         engine = Engine(model, tokenizer, engine_settings)
-        tokens = tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text]
+        tokens = tokenizer.encode(prompt).tolist() or [tokenizer.begin_of_text]
         engine.add(GenerationRequest("", tokens, settings))
         while engine.has_work:
             for chunk in engine.step():
@@ -67,7 +67,7 @@ class Correspondent:
         Raises `ValueError` where the conversation fills the context.
         """
         engine, template, settings = self._engine, self._template, self._settings
-        tokens = encode(engine.tokenizer, template.render(messages, ask=True))[0].tolist()
+        tokens = encode(engine.tokenizer, render(engine.tokenizer, template, messages, ask=True))[0].tolist()
         room = engine.context_length - len(tokens)
         if room < 1:
             raise ValueError(

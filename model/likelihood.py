@@ -47,7 +47,7 @@ class Likelihoods:
 def encode_requests(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> list[Request]:
     """Encode pairs of context and continuation as lm-eval does.
 
-    An empty context is the end of text, after which a document begins. White space at the end of a context goes to
+    An empty context is what a document begins after. White space at the end of a context goes to
     the continuation, to which tokenizers attach it. Raises `ValueError` for a continuation without tokens.
     """
     contexts, wholes = [], []
@@ -60,7 +60,7 @@ def encode_requests(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> l
         continuation_tokens = whole[len(before) :].tolist()
         if not continuation_tokens:
             raise ValueError(f"Nothing is left to score of {texts[number][1]!r} after {texts[number][0][-40:]!r}.")
-        requests.append(Request(before.tolist() or [tokenizer.end_of_text], continuation_tokens))
+        requests.append(Request(before.tolist() or [tokenizer.begin_of_text], continuation_tokens))
     return requests
 
 

@@ -137,7 +137,7 @@ class Sequence:
         self.max_draft_tokens = min(request.settings.prompt_lookup_tokens, max_draft_tokens)
         self.prompt_logprobs: list[TokenLogprob] = [TokenLogprob(self.tokens[0], None, [])]
         self._tokenizer = tokenizer
-        self._stop_tokens = {tokenizer.end_of_text, *request.settings.stop_tokens}
+        self._stop_tokens = {*tokenizer.stop_tokens, *request.settings.stop_tokens}
         self._text = TextStream(request.settings.stop)
         self._certain = ""
         self._chosen_logprobs: list[float] = []  # the stop token's included

@@ -2,17 +2,17 @@
 
     tokenizer = train_bpe(texts, vocabulary_size=8192)
     tokenizer.save(folder)                  # tokenizer.json, which `transformers` loads with the same ids
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)      # also anybody's byte-level BPE (model/foreign_tokenizer.py)
 
-tiktoken sees each of them as a pattern that splits text into pieces, and tokens in order of merging. Every single byte
+tiktoken sees each of ours as a pattern that splits text into pieces, and tokens in order of merging. Every single byte
 is a token, so every valid string can be encoded and comes back as it was.
 """
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from functools import cache, cached_property
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
+from model.foreign_tokenizer import ForeignTokenizer, why_unreadable
 from model.pattern import (
     CHARACTER_PATTERN,
     KNOWN_PATTERNS,
@@ -30,8 +31,8 @@ from model.pattern import (
     split_by_tokenizers,
     split_long_text,
 )
+from model.vocabulary import END_OF_TEXT, FILES, STOP_FILES, TOKENIZER_FILE, SpecialToken, Tokenizer, written_bytes
 
-END_OF_TEXT = "<|endoftext|>"
 # tiktoken's name -> tokens, the end of text included.
 NAMED_TOKENIZERS = {"gpt2": 50_257, "r50k_base": 50_257, "cl100k_base": 100_258, "o200k_base": 200_000}
 
@@ -41,8 +42,8 @@ SPACE_BYTES = bytes(  # of all characters that \s matches
 CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
 
 
-class Tokenizer:
-    """An immutable vocabulary with its pattern; `end_of_text` is its last id and never comes out of `encode`."""
+class OwnTokenizer(Tokenizer):
+    """A vocabulary whose pieces merge in the order of its ids, with its pattern; the end of text is its last id."""
 
     def __init__(self, name: str, pattern: str, token_bytes: list[bytes]) -> None:
         """`token_bytes` holds each id's bytes, in order of merging; the last, and any id that is not used, is empty."""
@@ -50,11 +51,9 @@ class Tokenizer:
         self.name = name
         self.pattern = pattern
         self.token_bytes = token_bytes
-        self.vocab_size = len(token_bytes)
-        self.end_of_text = self.begin_of_text = self.vocab_size - 1
-        self.stop_tokens = frozenset((self.end_of_text,))  # any of them ends an answer
-        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 65_536 else np.uint32)
-        self.byte_lengths = np.array([len(token) for token in token_bytes], dtype=np.int32)
+        self.end_of_text = self.begin_of_text = len(token_bytes) - 1
+        self.stop_tokens = frozenset((self.end_of_text,))
+        self.special_tokens = {END_OF_TEXT: SpecialToken(self.end_of_text)}
         digest = hashlib.sha256()
         for content in (*token_bytes, pattern.encode()):
             digest.update(len(content).to_bytes(4, "little") + content)
@@ -69,23 +68,10 @@ class Tokenizer:
         self._spaces = np.array([_count_spaces(token) for token in token_bytes], dtype=np.int8)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tokenizer, (self.name, self.pattern, self.token_bytes)
-
-    @property
-    def ends(self) -> int | list[int]:
-        """The tokens that end an answer, as Hugging Face's folders write them."""
-        others = sorted(self.stop_tokens - {self.end_of_text})
-        return [self.end_of_text, *others] if others else self.end_of_text
-
-    def encode(self, text: str) -> np.ndarray:
-        """Return the ids of a text; `<|endoftext|>` in it is text. Raises `ValueError` on lone surrogates."""
-        return self.encode_all([text])[0]
+        return OwnTokenizer, (self.name, self.pattern, self.token_bytes)
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encode several texts, which for short ones is faster than each alone.
-
-        Raises `ValueError` if the tokenizer's pattern leaves out a part of a text: no byte is ever lost in silence.
-        """
+        """Encode several texts, which for short ones is faster than each alone."""
         try:
             if self._character_ids is not None:
                 return [self._encode_characters(text) for text in texts]
@@ -162,27 +148,8 @@ class Tokenizer:
         special = {END_OF_TEXT: self.end_of_text}
         return tiktoken.Encoding(self.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
-    def decode_bytes(self, ids: Iterable[int] | np.ndarray) -> bytes:
-        """Return the exact bytes of some ids; the end of text has none."""
-        listed = ids.tolist() if isinstance(ids, np.ndarray) else ids
-        return b"".join(map(self.token_bytes.__getitem__, listed))
-
-    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """Return the text of some ids; bytes that are no character become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def save(self, folder: Path, max_length: int | None = None) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, as `transformers` knows them.
-
-        `max_length` is the context of the model beside it, over which `transformers` warns.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in self.files(max_length).items():
-            (folder / name).write_text(content, encoding="utf-8")
-
     def files(self, max_length: int | None = None) -> dict[str, str]:
-        """Return what `save` writes: file name -> content."""
-        written = _written_bytes()
+        written = written_bytes()
         spelled = ["".join(written[byte] for byte in token) for token in self.token_bytes]
         vocabulary = {spelled[i]: i for i in range(self.vocab_size) if self.token_bytes[i]}
         special = {"content": END_OF_TEXT, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
@@ -225,31 +192,54 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read back what `Tokenizer.save` wrote; `tokenizer.json` alone is enough."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"There is no tokenizer.json in {folder}.")
-    return parse_tokenizer(path.read_text(encoding="utf-8"), where=str(path))
+    """Read a Hugging Face folder's tokenizer, and from the settings beside it which tokens end an answer."""
+    files = {name: (folder / name).read_bytes() for name in (*FILES, *STOP_FILES) if (folder / name).is_file()}
+    if TOKENIZER_FILE not in files:
+        raise ValueError(why_unreadable(folder))
+    return parse_tokenizer(files, where=str(folder))
 
 
-def parse_tokenizer(content: str, where: str) -> Tokenizer:
-    """Build a tokenizer from the content of a `tokenizer.json` that we wrote; `where` is for the error."""
-    byte_of = {character: byte for byte, character in enumerate(_written_bytes())}
+def parse_tokenizer(files: Mapping[str, bytes], where: str) -> Tokenizer:
+    """Build a tokenizer from the content of its files, of which `tokenizer.json` is enough for one of ours.
+
+    `where` is for errors: raises `ValueError` with one sentence for what is no byte-level BPE.
+    """
     try:
-        facts = json.loads(content)
-        pattern = facts["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+        facts = json.loads(files[TOKENIZER_FILE])
+    except ValueError as error:
+        raise ValueError(f"The tokenizer.json of {where} is not JSON ({error}).") from None
+    return _parse_own(facts) or ForeignTokenizer(files, where)
+
+
+def _parse_own(facts: Any) -> OwnTokenizer | None:
+    """Build one of our tokenizers, or None for what tiktoken would not encode as `tokenizers` does."""
+    byte_of = {character: byte for byte, character in enumerate(written_bytes())}
+    try:
+        split, byte_level = facts["pre_tokenizer"]["pretokenizers"]
+        pattern = split["pattern"]["Regex"]
         vocabulary: dict[str, int] = facts["model"]["vocab"]
         (special,) = facts["added_tokens"]
         token_bytes = [b""] * (max(vocabulary.values()) + 1)
         for spelled, token in vocabulary.items():
             if token != special["id"]:
                 token_bytes[token] = bytes(byte_of[character] for character in spelled)
-        assert special["id"] == len(token_bytes) - 1
-    except (ValueError, KeyError, TypeError, IndexError, AssertionError) as error:
-        raise ValueError(
-            f"{where} is not a tokenizer that this pipeline wrote ({type(error).__name__}: {error})."
-        ) from None
-    return Tokenizer("char" if pattern == CHARACTER_PATTERN else "bpe", pattern, token_bytes)
+        is_ours = (
+            (special["content"], special["id"]) == (END_OF_TEXT, len(token_bytes) - 1)
+            and facts["normalizer"] is facts["post_processor"] is None
+            and (split["type"], split["behavior"], split["invert"]) == ("Split", "Isolated", False)
+            and (byte_level["type"], byte_level["use_regex"]) == ("ByteLevel", False)
+            and not byte_level["add_prefix_space"]
+            and (facts["model"]["type"], facts["model"]["ignore_merges"]) == ("BPE", True)
+        )
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError):
+        return None
+    if not is_ours:
+        return None
+    is_char = pattern == CHARACTER_PATTERN
+    written = written_bytes()
+    merges = [] if is_char else _merges(["".join(written[byte] for byte in token) for token in token_bytes])
+    given = [merge if isinstance(merge, str) else " ".join(merge) for merge in facts["model"]["merges"]]
+    return OwnTokenizer("char" if is_char else "bpe", pattern, token_bytes) if merges == given else None
 
 
 def named_tokenizer(name: str) -> Tokenizer:
@@ -269,7 +259,7 @@ def named_tokenizer(name: str) -> Tokenizer:
     for token, rank in encoding._mergeable_ranks.items():
         token_bytes[rank] = token
     # To the regex engine of `tokenizers`, {1,3}+ means repetition, not possession; without the + both agree.
-    return Tokenizer(name, encoding._pat_str.replace("{1,3}+", "{1,3}"), token_bytes)
+    return OwnTokenizer(name, encoding._pat_str.replace("{1,3}+", "{1,3}"), token_bytes)
 
 
 def train_bpe(texts: Iterable[str], vocabulary_size: int, pattern: str = PATTERNS["gpt4"]) -> Tokenizer:
@@ -299,10 +289,10 @@ def train_bpe(texts: Iterable[str], vocabulary_size: int, pattern: str = PATTERN
     )
     parts = (part for text in texts for part in split_long_text(text, pattern))
     learner.train_from_iterator(parts, trainer=trainer)
-    byte_of = {character: byte for byte, character in enumerate(_written_bytes())}
+    byte_of = {character: byte for byte, character in enumerate(written_bytes())}
     learned = sorted(learner.get_vocab().items(), key=lambda item: item[1])
     merged = [bytes(byte_of[character] for character in spelled) for spelled, _ in learned if len(spelled) > 1]
-    return Tokenizer("bpe", pattern, [*(bytes([byte]) for byte in range(256)), *merged, b""])
+    return OwnTokenizer("bpe", pattern, [*(bytes([byte]) for byte in range(256)), *merged, b""])
 
 
 def build_char(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
@@ -314,7 +304,7 @@ def build_char(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
         counts.update(text)
     beyond_ascii = sorted((-count, character) for character, count in counts.items() if ord(character) >= 128)
     characters = [character.encode() for _, character in beyond_ascii[: vocabulary_size - 257]]
-    return Tokenizer("char", CHARACTER_PATTERN, [*(bytes([byte]) for byte in range(256)), *characters, b""])
+    return OwnTokenizer("char", CHARACTER_PATTERN, [*(bytes([byte]) for byte in range(256)), *characters, b""])
 
 
 def _count_spaces(token: bytes) -> int:
@@ -362,11 +352,3 @@ def _character_table(ranks: dict[bytes, int]) -> np.ndarray:
         if len(token) > 1 or token[0] < 128:
             table[ord(token.decode())] = rank
     return table
-
-
-@cache
-def _written_bytes() -> tuple[str, ...]:
-    """How GPT-2's vocabulary files write each byte: itself if printable, else a character from U+0100 on."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return tuple(chr(byte) if byte in printable else chr(next(others)) for byte in range(256))

@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 import ray
 from fsspec.implementations.local import LocalFileSystem
 
-from model.chat import CHAT_TEMPLATE, TEMPLATE_FILE, open_template
-from model.tokenizer import Tokenizer, parse_tokenizer
+from model.chat import CHAT_TEMPLATE, TEMPLATE_FILE, ChatTemplate, open_template
+from model.tokenizer import FILES, TOKENIZER_FILE, Tokenizer, parse_tokenizer
 from pipeline.artifacts import MANIFEST, Artifact, FileRecord, Manifest, Recipe, artifact_at
 from pipeline.config import Config, result_settings
 from pipeline.corpus import card, cleaning, conversations
@@ -331,7 +331,7 @@ def _encode(
     if not plan.chat_template:
         yield from ((text, ids, None) for text, ids in zip(documents, tokenizer.encode_all(documents), strict=True))
         return
-    template = _open_template(plan.chat_template)
+    template = _open_template(plan.chat_template, tuple(tokenizer.template_names.items()))
     for text in documents:
         found = conversations.encode_conversation(text, tokenizer, template, plan.most_tokens)
         if isinstance(found, str):
@@ -431,12 +431,16 @@ def load_tokenizer_of(artifact: Artifact) -> Tokenizer:
     return _load_tokenizer(artifact.url, artifact)
 
 
-_open_template = lru_cache(maxsize=1)(open_template)
+@lru_cache(maxsize=1)
+def _open_template(text: str, special_tokens: tuple[tuple[str, str], ...]) -> ChatTemplate:
+    return open_template(text, dict(special_tokens))
 
 
 @lru_cache(maxsize=2)
 def _load_tokenizer(url: str, artifact: Artifact) -> Tokenizer:
-    return parse_tokenizer(artifact.read_text("tokenizer.json"), where=url)
+    manifest = artifact.manifest()
+    names = [TOKENIZER_FILE] if manifest is None else [name for name in manifest.files if name in FILES]
+    return parse_tokenizer({name: artifact.read_bytes(name) for name in names}, where=url)
 
 
 PREPARE = Task("prepare", ".unit.json", prepare_unit)

@@ -162,7 +162,7 @@ def measure_probe(model: GPT, tokenizer: Tokenizer) -> float:
 
 def probe_windows(tokenizer: Tokenizer, context_length: int) -> Iterator[list[int]]:
     """The probe text's tokens in parts that overlap by one, each leaving the context room for an answer of one."""
-    ids = [tokenizer.end_of_text, *tokenizer.encode(PROBE_TEXT).tolist()]
+    ids = [tokenizer.begin_of_text, *tokenizer.encode(PROBE_TEXT).tolist()]
     for start in range(0, len(ids) - 1, context_length - 2):
         yield ids[start : start + context_length - 1]
 

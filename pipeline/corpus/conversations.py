@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from model.chat import ROLES, ChatTemplate, Message, OwnTemplate, encode
+from model.chat import ROLES, ChatTemplate, Message, OwnTemplate, encode, render
 from model.tokenizer import END_OF_TEXT, Tokenizer
 from pipeline.config import FORMAT_OF_ENDING
 
@@ -120,7 +120,7 @@ def encode_conversation(
     """
     messages = parse_document(document)
     try:
-        ids, learn = encode(tokenizer, template.render(messages))
+        ids, learn = encode(tokenizer, render(tokenizer, template, messages))
     except ValueError:
         return REFUSED
     length, is_cut = cut_length(learn, most_tokens)

@@ -15,6 +15,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field, PlainValidator
 
 from model.chat import Message, OwnTemplate, encode
+from model.chat import render as render_turns
 from model.sampling import TokenLogprob
 from pipeline.serving.completion import SHORT_TEXT_CHARACTERS, Answer, Service, check, respond, too_long
 from pipeline.serving.errors import ApiError
@@ -261,7 +262,7 @@ async def render(messages: list[Message], version: LiveVersion, ask: bool = True
         raise conversation_too_long(f"over {loaded.context_length}", loaded.context_length)
 
     def tokens() -> list[int]:
-        return encode(loaded.tokenizer, template.render(messages, ask=ask))[0].tolist()
+        return encode(loaded.tokenizer, render_turns(loaded.tokenizer, template, messages, ask))[0].tolist()
 
     is_quick = isinstance(template, OwnTemplate) and characters + 20 * len(messages) <= SHORT_TEXT_CHARACTERS
     try:

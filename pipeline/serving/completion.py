@@ -131,7 +131,7 @@ async def check(service: Service, body: CompletionRequest, began: float, request
     body.check()
     model_id, version = service.models.find(body.model)
     tokenizer, context_length = version.loaded.tokenizer, version.loaded.context_length
-    settings_for = cache(partial(body.sampling, vocab_size=tokenizer.vocab_size, end_of_text=tokenizer.end_of_text))
+    settings_for = cache(partial(body.sampling, vocab_size=tokenizer.vocab_size, ends=tokenizer.stop_tokens))
     settings_for(1)  # what is wrong with it is known before a prompt is tokenized
     request_id = uuid.uuid4().hex
     deadline = began + service.deadline_seconds
@@ -163,7 +163,7 @@ async def read_prompts(body: CompletionRequest, version: LiveVersion) -> AsyncIt
             check_tokens(prompt, version, "prompt")
             tokens = prompt
         # An empty prompt asks for the start of a document, which is what follows the end of another.
-        yield truncate(body, tokens or [loaded.tokenizer.end_of_text], loaded.context_length)
+        yield truncate(body, tokens or [loaded.tokenizer.begin_of_text], loaded.context_length)
 
 
 def shorten(body: CompletionRequest, version: LiveVersion, text: str) -> str:
@@ -416,9 +416,9 @@ def format_logprobs(
 
 def name_token(tokenizer: Tokenizer, token: int) -> str:
     """A token as text; as OpenAI does, bytes that are not whole characters are spelled out."""
+    if token in tokenizer.special_names:
+        return tokenizer.special_names[token]
     content = tokenizer.decode_bytes([token])
-    if token == tokenizer.end_of_text:
-        return "<|endoftext|>"
     try:
         return content.decode()
     except UnicodeDecodeError:

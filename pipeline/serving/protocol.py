@@ -168,12 +168,12 @@ class CompletionRequest(Strict):
         """Whether the prompt's log-probabilities are what is asked for; lm-eval sends this, with one token too many."""
         return bool(self.echo) and self.logprobs is not None and self.max_tokens in (0, 1)
 
-    def sampling(self, max_tokens: int, vocab_size: int, end_of_text: int) -> SamplingSettings:
+    def sampling(self, max_tokens: int, vocab_size: int, ends: frozenset[int]) -> SamplingSettings:
         """The engine's settings for this request."""
         chosen: dict[str, Any] = {
             "best_of": self.best_of,
             "frequency_penalty": self.frequency_penalty,
-            "logit_bias": self._logit_bias(vocab_size, end_of_text),
+            "logit_bias": self._logit_bias(vocab_size, ends),
             "logprobs": self.logprobs,
             "min_p": self.min_p,
             "n": self.n,
@@ -195,10 +195,10 @@ class CompletionRequest(Strict):
         except ValueError as error:
             raise ApiError(400, str(error)) from None
 
-    def _logit_bias(self, vocab_size: int, end_of_text: int) -> dict[int, float]:
+    def _logit_bias(self, vocab_size: int, ends: frozenset[int]) -> dict[int, float]:
         biases = self.logit_bias or {}
         # A scorer drops the last of the lists' entries as the generated token: so there has to be one.
-        kept: dict[int, float] = {end_of_text: -100.0} if self.scores else {}
+        kept: dict[int, float] = dict.fromkeys(ends, -100.0) if self.scores else {}
         for key in biases:
             if not (key.isascii() and key.isdigit() and int(key) < vocab_size):
                 raise ApiError(

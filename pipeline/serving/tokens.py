@@ -12,7 +12,6 @@ from pydantic import BaseModel, Field
 
 from model.chat import Rendered
 from model.chat import encode as encode_rendered
-from model.tokenizer import END_OF_TEXT
 from pipeline.serving.chat import NO_TEMPLATE, Messages, render
 from pipeline.serving.completion import SHORT_TEXT_CHARACTERS, Service, check_tokens, encode
 from pipeline.serving.errors import ApiError
@@ -72,8 +71,8 @@ class TokenizerInfo(BaseModel):
     """What `tokenizer_config.json` says, as far as clients ask for it."""
 
     tokenizer_class: str = "PreTrainedTokenizerFast"
-    bos_token: str = END_OF_TEXT
-    eos_token: str = END_OF_TEXT
+    bos_token: str | None
+    eos_token: str | None
     model_max_length: int
     chat_template: str | None
 
@@ -123,9 +122,12 @@ def token_routes(service: Service) -> APIRouter:
     async def tokenizer_info(model: str | None = None) -> TokenizerInfo:
         """The tokenizer's special tokens and chat template, in vLLM's form."""
         loaded = service.models.find(model)[1].loaded
-        template = loaded.chat_template
+        template, names = loaded.chat_template, loaded.tokenizer.template_names
         return TokenizerInfo(
-            model_max_length=loaded.context_length, chat_template=None if template is None else template.text
+            bos_token=names.get("bos_token"),
+            eos_token=names.get("eos_token"),
+            model_max_length=loaded.context_length,
+            chat_template=None if template is None else template.text,
         )
 
     def decode(body: DetokenizeRequest, request: Request) -> tuple[str, LiveVersion, str]:

@@ -14,7 +14,9 @@ from model.checkpoint import load_model, save_model
 from model.engine import Engine, EngineSettings, GenerationRequest, SamplingSettings
 from model.gpt import count_parameters
 from model.likelihood import Request, score
+from model.tokenizer import load_tokenizer
 from tests.model.tiny_folders import CONTEXT, SHAPES, VOCABULARY, write_folder
+from tests.model.tiny_tokenizers import write_tokenizer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -144,3 +146,51 @@ class LettersOnly:
     end_of_text = -1
     stop_tokens = frozenset((-1,))
     token_bytes = [b"a"] * VOCABULARY
+
+
+def test_rows_beyond_the_tokenizer_are_kept_and_never_chosen(tmp_path: Path) -> None:
+    library = write_tokenizer(tmp_path, "smollm2")
+    size = library.get_vocab_size()
+    theirs = write_folder(tmp_path, "llama", vocab_size=size + 37)
+    theirs.generation_config.eos_token_id = None
+    ours, tokenizer = load_model(tmp_path), load_tokenizer(tmp_path)
+    assert (tokenizer.vocab_size, ours.vocab_size) == (size, size + 37)
+    tokens = random_tokens()
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+
+    with torch.no_grad():
+        for row in range(size, size + 37):
+            ours.embedding.weight[row] = 3 * ours.embedding.weight[row - 37]  # whichever way, one of both is likelier
+    save_model(tmp_path / "back", ours, tokenizer)
+    again = load_model(tmp_path / "back")
+    assert torch.equal(again(tokens), ours(tokens))
+    assert (again(tokens).argmax(-1) >= size).any()
+    for backend in ("torch", "auto"):
+        engine = Engine(again, tokenizer, EngineSettings(2, weights="float32", backend=backend))
+        engine.add(GenerationRequest("a", [5, 6], SamplingSettings(max_tokens=40, temperature=0)))
+        engine.add(GenerationRequest("b", [7], SamplingSettings(max_tokens=9, num_beams=2)))
+        chunks = [chunk for _ in range(60) for chunk in engine.step()]
+        assert all(token < size for chunk in chunks for token in chunk.tokens)
+        assert {chunk.finish_reason for chunk in chunks} <= {None, "stop", "length"}
+
+
+def test_any_of_several_ends_ends_an_answer(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, "smollm2")
+    write_folder(tmp_path, "llama", vocab_size=load_tokenizer(tmp_path).vocab_size)
+    prompt = SamplingSettings(max_tokens=40, temperature=0)
+
+    def generate() -> list[Any]:
+        engine = Engine(load_model(tmp_path), load_tokenizer(tmp_path), EngineSettings(2, weights="float32"))
+        engine.add(GenerationRequest("a", [30, 31], prompt))
+        return [chunk for _ in range(50) for chunk in engine.step()]
+
+    tokens = [token for chunk in generate() for token in chunk.tokens]
+    end = tokens[20]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, end]}))
+    assert [token for chunk in generate() for token in chunk.tokens] == tokens[: tokens.index(end)]
+
+    tokenizer = load_tokenizer(tmp_path)
+    save_model(tmp_path / "back", load_model(tmp_path), tokenizer)
+    assert load_tokenizer(tmp_path / "back").stop_tokens == tokenizer.stop_tokens == {1, 2, end}
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "back" / name).read_text())["eos_token_id"] == [2, 1, end]

@@ -29,6 +29,7 @@ from model.pattern import (
 from model.tokenizer import (
     END_OF_TEXT,
     NAMED_TOKENIZERS,
+    OwnTokenizer,
     Tokenizer,
     build_char,
     load_tokenizer,
@@ -269,7 +270,7 @@ def test_a_pattern_that_is_not_known_is_never_cut_for() -> None:
     text = "to be, or not to be " * 5000
     pattern = r"[^,]+|,"  # pieces far longer than a part
     assert list(split_long_text(text, pattern)) == [text]
-    tokenizer = Tokenizer("bpe", pattern, load_small().token_bytes)
+    tokenizer = OwnTokenizer("bpe", pattern, load_small().token_bytes)
     assert tokenizer.encode(text).tolist() == tokenizer._exact.encode_ordinary(text)
 
 
@@ -319,7 +320,7 @@ def test_unknown_names_and_broken_patterns_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no tokenizer\.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": {}}')
-    with pytest.raises(ValueError, match="not a tokenizer that this pipeline wrote"):
+    with pytest.raises(ValueError, match="no tokenizer of the `tokenizers` library"):
         load_tokenizer(tmp_path)
 
 
@@ -372,6 +373,6 @@ def test_a_pattern_that_would_change_texts_is_refused_before_any_text_is_read(pa
 
 @pytest.mark.parametrize("pattern", [r"[^\u5b57]", r"a*|[^a]"])
 def test_a_pattern_that_loses_bytes_of_a_text_says_so_when_it_meets_that_text(pattern: str) -> None:
-    tokenizer = Tokenizer("bpe", pattern, load_small().token_bytes)
+    tokenizer = OwnTokenizer("bpe", pattern, load_small().token_bytes)
     with pytest.raises(ValueError, match=r"tokenizer\.pattern (leaves out|matches nothing)"):
         tokenizer.encode_all(["a", "ab字"])

@@ -1,6 +1,6 @@
 """Talk with a registered model in the terminal, without a server or Ray.
 
-    python -m jobs.chat [--preset jobs/presets/demo.yaml] [--version 3] [--system "Be brief."]
+    python -m jobs.chat [--preset demo] [--version 3] [--system "Be brief."]
 
 Ctrl-C stops an answer; what it has said stays. /again asks the last question again, /new begins a new conversation,
 /quit or Ctrl-D ends.
@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings over the preset")
     named = "its name is the model's, unless name=NAME says another [%(default)s]"
-    parser.add_argument("--preset", default="jobs/presets/demo.yaml", help=named)
+    parser.add_argument("--preset", default="demo", help=named)
     parser.add_argument("--version", default="champion", help="a version number or an alias [%(default)s]")
     parser.add_argument("--system", default="", help="what the assistant is told before the first question")
     parser.add_argument("--max-tokens", type=int, default=400, help="of one answer at most [%(default)s]")

@@ -4,16 +4,19 @@ import argparse
 import io
 import json
 import logging
+import math
 import os
 import select
 import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs import completion, log_lines
 from model.cores import count_cores
 from pipeline.stages import STAGES
 
@@ -52,9 +55,15 @@ class Command:
         """`may_be_bare`: the job means something without a preset and without settings."""
         self.may_be_bare = may_be_bare
         self.parser = make_parser(description)
-        self.parser.add_argument("preset", nargs="?", help="a YAML file, such as jobs/presets/demo.yaml")
+        self.parser.add_argument("preset", nargs="?", help="a preset's name, such as demo, or a YAML file")
         self.parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings over the preset")
         self.parser.add_argument("--verbose", action="store_true", help="show Ray's own logs, and tracebacks")
+        self.parser.add_argument(
+            "--log-format",
+            choices=log_lines.FORMATS,
+            default="text",
+            help="json: an object a line, for a cluster's logs",
+        )
 
     def add_flag(self, flag: str, setting: str, meaning: str) -> None:
         """Let a flag stand for a setting."""
@@ -72,6 +81,9 @@ class Command:
             f"  {key:<36} {meaning} [{json.dumps(default)}]" for key, default, meaning in describe_settings()
         )
         options, unknown = self.parser.parse_known_args(argv)
+        if options.log_format == "json":
+            os.environ.setdefault("RAY_SERVE_LOG_ENCODING", "JSON")
+            log_lines.write_json()
         stray = [word for word in unknown if word.startswith("-")]
         if stray:
             self.parser.error(f"there is no option {stray[0]}")
@@ -82,9 +94,7 @@ class Command:
         options.settings = words
         options.words = [*([options.preset] if options.preset is not None else []), *words]
         if options.preset is None and not words and not self.may_be_bare:
-            self.parser.error(
-                "say what to run: a preset, such as jobs/presets/demo.yaml, or settings over the defaults"
-            )
+            self.parser.error("say what to run: a preset, such as demo, or settings over the defaults")
 
         def load_and_run() -> int | None:
             check_spaces(options.words)
@@ -112,20 +122,50 @@ def run_plainly(work: Callable[[], int | None], *, verbose: bool = False, stoppe
             return 141  # as a program that SIGPIPE has ended
         sentence = explain(error)
         if verbose or sentence is None:
-            traceback.print_exception(error)
+            sys.stderr.write("".join(traceback.format_exception(error)))  # at once: one record of a JSON log
         print(f"error: {sentence or f'{type(error).__name__}: {error}'}", file=sys.stderr)
         return 1 if sentence is None else 2
+
+
+class Parser(argparse.ArgumentParser):
+    """Offers what fits where a shell asks at TAB, and parses otherwise."""
+
+    def parse_known_args(self, *arguments: Any, **named: Any) -> Any:
+        self._answer_shell()
+        return super().parse_known_args(*arguments, **named)
+
+    def parse_known_intermixed_args(self, *arguments: Any, **named: Any) -> Any:
+        self._answer_shell()
+        return super().parse_known_intermixed_args(*arguments, **named)
+
+    def _answer_shell(self) -> None:
+        if completion.is_asked(os.environ) and type(self) is Parser:  # argcomplete parses with a class of its own
+            completion.complete(self)
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """A job's parser: its help keeps the lines of `description`, its usage names it as the user did."""
     module = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m jobs.plan`; argparse would say plan.py
-    return argparse.ArgumentParser(
-        prog=f"python -m {module.name}" if module else None,
+    name = "jobs.__main__" if module is None else module.name  # `gpt plan` says so in argv
+    return Parser(
+        prog=Path(sys.argv[0]).name if name == "jobs.__main__" else f"python -m {name}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def print_json(value: Any) -> None:
+    """Print what another program reads; what is no number, which JSON does not have, is null."""
+
+    def plain(found: Any) -> Any:
+        if isinstance(found, Mapping):
+            return {str(key): plain(each) for key, each in found.items()}
+        if isinstance(found, (list, tuple)):
+            return [plain(each) for each in found]
+        return None if isinstance(found, float) and not math.isfinite(found) else found
+
+    print(json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def set_environment() -> None:
@@ -272,7 +312,8 @@ def where_mlflow_shows(config: "Config", run_id: str) -> str:
 
 def name_command(job: str, options: argparse.Namespace) -> str:
     """The command line of another job with the same preset and settings; a cluster's is sent there again."""
-    words = ["python", "-m", f"jobs.{job}"]
+    called = Path(sys.argv[0]).name.split(" ")  # `gpt` puts the job's name beside its own
+    words = [called[0], job] if len(called) == 2 else ["python", "-m", f"jobs.{job}"]
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         words = ["python", "-m", "jobs.submit", "--job", job]
     return shlex.join([*words, *options.words])

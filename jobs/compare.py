@@ -1,6 +1,6 @@
 """Compare two models: settings, bits per byte of held-out text, tasks, samples side by side. No Ray is started.
 
-    python -m jobs.compare A B [--preset jobs/presets/demo.yaml] [--html page.html] [section.key=value ...]
+    python -m jobs.compare A B [--preset demo] [--html page.html] [--json] [section.key=value ...]
 
 A and B are each a version's number or an alias of the preset's model, the id of a training's run in MLflow, or the
 folder of a training or of any checkpoint. The held-out text is the preset's, so its `prepare` must be done. Tasks and
@@ -11,10 +11,11 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.command import make_parser, run_plainly, set_environment
+from jobs.command import make_parser, print_json, run_plainly, set_environment
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -49,9 +50,13 @@ def compare(config: "Config", options: argparse.Namespace) -> None:
         sample_tokens=config.evaluate.sample_tokens,
         seed=config.seed,
     )
-    print(describe(contrast), end="")
+    if options.json:
+        print_json(asdict(contrast))
+    else:
+        print(describe(contrast), end="")
     if options.html:
         Path(options.html).write_text(draw_page(contrast), encoding="utf-8")
+    if options.html and not options.json:
         print(f"\nThe same as a page: {options.html}")
 
 
@@ -60,8 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("first", metavar="A", help="the model to compare with")
     parser.add_argument("second", metavar="B", help="the model whose gain is asked for")
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings over the preset")
-    parser.add_argument("--preset", default="jobs/presets/demo.yaml", help="[%(default)s]")
+    parser.add_argument("--preset", default="demo", help="[%(default)s]")
     parser.add_argument("--html", default="", metavar="FILE", help="write a page too")
+    parser.add_argument("--json", action="store_true", help="print JSON, for another program")
     return parser
 
 

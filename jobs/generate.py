@@ -1,6 +1,6 @@
 """Answer one prompt in the terminal, streamed, without a server or Ray.
 
-    python -m jobs.generate "Return a new" [--preset jobs/presets/demo.yaml] [--version 3] [--max-tokens 100]
+    python -m jobs.generate "Return a new" [--preset demo] [--version 3] [--max-tokens 100]
 
 The prompt `-` is read from standard input.
 """
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("prompt", help="the text to go on with; - reads it from standard input")
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings over the preset")
     named = "its name is the model's, unless name=NAME says another [%(default)s]"
-    parser.add_argument("--preset", default="jobs/presets/demo.yaml", help=named)
+    parser.add_argument("--preset", default="demo", help=named)
     parser.add_argument("--version", default="champion", help="a version number or an alias [%(default)s]")
     parser.add_argument("--max-tokens", type=int, default=100, help="[%(default)s]")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy [%(default)s]")

@@ -1,7 +1,7 @@
 """Say what a preset will take before anyone pays for it: parameters, memory, FLOPs, tokens, hours on a GPU.
 
     python -m jobs.plan jobs/presets/gpt-53m.yaml --gpu h100 [--mfu 0.4] [section.key=value ...]
-    python -m jobs.plan jobs/presets/gpt-53m.yaml --gpu l40s --gpus-per-node 1 --network-gigabits 20
+    python -m jobs.plan jobs/presets/gpt-53m.yaml --gpu l40s --gpus-per-node 1 --network-gigabits 20 [--json]
 
 Nothing is measured and nothing is started: these are calculations, and each says from what.
 """
@@ -9,23 +9,25 @@ Nothing is measured and nothing is started: these are calculations, and each say
 import argparse
 import math
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
-from jobs.command import Command
+from jobs.command import Command, print_json
 from model.gpus import GPUS, Gpu, find_gpu
 
 if TYPE_CHECKING:
     from pipeline.config import Config
 
 
+GPU_COUNTS = (1, 8, 64)
 NETWORK_SHARE = 0.8  # of the nominal bandwidth, as all-reduce reaches it
 
 
-def run(config: "Config", options: argparse.Namespace) -> None:
+def calculate(config: "Config", options: argparse.Namespace) -> dict[str, Any]:
+    """All figures of the plan, by name, with their units."""
     from model.budget import estimate_memory, estimate_step, orthogonalisation_flops
     from model.gpt import count_parameters, flops_per_token
-    from model.training import BUCKET_MEGABYTES
     from pipeline.training.memory import advise_out_of_memory
 
     gpu, model, train = options.gpu, config.model, config.train
@@ -33,50 +35,28 @@ def run(config: "Config", options: argparse.Namespace) -> None:
     parameters = count_parameters(model, vocab_size)
     tokens = train.steps * train.batch_tokens
     flops = flops_per_token(model, vocab_size)
-    print(f"{config.name}: {model.family}, {model.num_layers} layers, width {model.width}, vocabulary {vocab_size:,}\n")
-
-    table = vocab_size * model.width
-    print(f"parameters          {parameters:>16,}")
-    print(f"  embedding         {table:>16,}")
-    print(f"  head              {0 if model.tie_embeddings else table:>16,}" + " (tied)" * model.tie_embeddings)
-    print(f"  all else          {parameters - table * (1 if model.tie_embeddings else 2):>16,}")
-    print(f"tokens              {tokens:>16,}  = {train.steps:,} steps x {train.batch_tokens:,};"
-          f" {tokens / parameters:.1f} per parameter")  # fmt: skip
-    print(f"FLOPs per token     {flops:>16,}  = 6 per matrix weight + 12 L H D T (PaLM, appendix B)")
-    print(f"FLOPs in all        {tokens * flops:>16.3g}")
-
-    is_half = train.precision != "float32"
+    embedding = vocab_size * model.width
+    head = 0 if model.tie_embeddings else embedding
     shards = train.fewest_workers if train.sharding == "fsdp" else 1
     memory = estimate_memory(
         model,
         config.optimizer,
         vocab_size,
         micro_batch_sequences=train.micro_batch_sequences,
-        activation_bytes=2 if is_half else 4,
+        activation_bytes=2 if train.precision != "float32" else 4,
         recompute=train.recompute_activations,
         shards=shards,
     )
-    holder = f"one GPU of {shards} that share the model" if shards > 1 else "one GPU"
-    print(f"\nmemory of {holder}, micro-batches of {train.micro_batch_sequences} x {model.context_length} tokens")
-    for name in ("weights", "gradients", "optimizer", "activations", "logits"):
-        print(f"  {name:<18}{getattr(memory, name) / 1e9:>12.2f} GB")
     usable_bytes = int(0.9e9 * gpu.memory_gigabytes)  # the rest is the driver's, and lost between allocations
     fits = memory.total < usable_bytes
-    verdict = "fits" if fits else "does not fit"
-    print(f"  {'in all':<18}{memory.total / 1e9:>12.2f} GB  {verdict} ({gpu.name}: {gpu.memory_gigabytes:.0f} GB)")
-    if not fits:
-        print(f"  {advise_out_of_memory(memory, train.micro_batch_sequences, usable_bytes)}")
-
-    print(f"\n{gpu.name} at {options.mfu:.0%} of its {gpu.flops_per_second / 1e12:,.0f} TFLOP/s (an assumption: --mfu)")
-    print(f"  {'GPUs':>4}{'s/step':>10}{'tokens/s':>14}{'efficiency':>12}{'time':>10}{'GPU time':>11}")
     per_node = options.gpus_per_node
     network = gpu.network_bytes_per_second
     if options.network_gigabits is not None:
         network = options.network_gigabits * 1e9 / 8 / per_node
-    for devices in (1, 8, 64):
+    rows = []
+    for devices in GPU_COUNTS:
         # Micro-batches of one sequence at least: no more GPUs than sequences can work.
         if devices > train.batch_tokens // model.context_length:
-            print(f"  {devices:>4}  more GPUs than sequences in a batch ({train.batch_tokens // model.context_length})")
             continue
         nominal = gpu.link_bytes_per_second if devices <= per_node else network
         step = estimate_step(
@@ -89,11 +69,97 @@ def run(config: "Config", options: argparse.Namespace) -> None:
             bytes_per_second=NETWORK_SHARE * nominal,
         )
         seconds = step.compute + step.exposed
-        hours = train.steps * seconds / 3600
-        print(
-            f"  {devices:>4}{seconds:>10.4f}{train.batch_tokens / seconds:>14,.0f}{step.efficiency:>12.1%}"
-            f"{_duration(hours):>10}{_duration(hours * devices):>11}"
+        rows.append(
+            {
+                "gpus": devices,
+                "seconds_per_step": seconds,
+                "tokens_per_second": train.batch_tokens / seconds,
+                "efficiency": step.efficiency,
+                "hours": train.steps * seconds / 3600,
+                "gpu_hours": devices * train.steps * seconds / 3600,
+            }
         )
+    return {
+        "name": config.name,
+        "family": model.family,
+        "num_layers": model.num_layers,
+        "width": model.width,
+        "vocabulary_size": vocab_size,
+        "parameters": parameters,
+        "embedding_parameters": embedding,
+        "head_parameters": head,
+        "other_parameters": parameters - embedding - head,
+        "tokens": tokens,
+        "tokens_per_parameter": tokens / parameters,
+        "flops_per_token": flops,
+        "flops": tokens * flops,
+        "orthogonalisation_flops_share": (
+            orthogonalisation_flops(model) / (flops * train.batch_tokens) if config.optimizer.kind == "muon" else 0.0
+        ),
+        "gpu": gpu.name,
+        "gpu_memory_gigabytes": gpu.memory_gigabytes,
+        "gpu_flops_per_second": gpu.flops_per_second,
+        "mfu": options.mfu,
+        "gpus_that_share_the_model": shards,
+        "memory_bytes": asdict(memory) | {"total": memory.total},
+        "fits": fits,
+        "advice": "" if fits else advise_out_of_memory(memory, train.micro_batch_sequences, usable_bytes),
+        "gpus_per_node": per_node,
+        "bytes_per_second_within_a_node": gpu.link_bytes_per_second,
+        "bytes_per_second_between_nodes": network,
+        "most_gpus": train.batch_tokens // model.context_length,
+        "speeds": rows,
+    }
+
+
+def run(config: "Config", options: argparse.Namespace) -> None:
+    plan = calculate(config, options)
+    if options.json:
+        print_json(plan)
+    else:
+        describe(config, plan)
+
+
+def describe(config: "Config", plan: Mapping[str, Any]) -> None:
+    from model.training import BUCKET_MEGABYTES
+
+    train = config.train
+    parameters, gpu, shards = plan["parameters"], plan["gpu"], plan["gpus_that_share_the_model"]
+    print(f"{plan['name']}: {plan['family']}, {plan['num_layers']} layers, width {plan['width']},"
+          f" vocabulary {plan['vocabulary_size']:,}\n")  # fmt: skip
+
+    print(f"parameters          {parameters:>16,}")
+    print(f"  embedding         {plan['embedding_parameters']:>16,}")
+    print(f"  head              {plan['head_parameters']:>16,}" + " (tied)" * config.model.tie_embeddings)
+    print(f"  all else          {plan['other_parameters']:>16,}")
+    print(f"tokens              {plan['tokens']:>16,}  = {train.steps:,} steps x {train.batch_tokens:,};"
+          f" {plan['tokens_per_parameter']:.1f} per parameter")  # fmt: skip
+    print(f"FLOPs per token     {plan['flops_per_token']:>16,}  = 6 per matrix weight + 12 L H D T (PaLM, appendix B)")
+    print(f"FLOPs in all        {plan['flops']:>16.3g}")
+
+    holder = f"one GPU of {shards} that share the model" if shards > 1 else "one GPU"
+    micro_batch = f"{train.micro_batch_sequences} x {config.model.context_length}"
+    print(f"\nmemory of {holder}, micro-batches of {micro_batch} tokens")
+    memory = plan["memory_bytes"]
+    for name in ("weights", "gradients", "optimizer", "activations", "logits"):
+        print(f"  {name:<18}{memory[name] / 1e9:>12.2f} GB")
+    verdict = "fits" if plan["fits"] else "does not fit"
+    print(
+        f"  {'in all':<18}{memory['total'] / 1e9:>12.2f} GB  {verdict} ({gpu}: {plan['gpu_memory_gigabytes']:.0f} GB)"
+    )
+    if plan["advice"]:
+        print(f"  {plan['advice']}")
+
+    peak = plan["gpu_flops_per_second"] / 1e12
+    print(f"\n{gpu} at {plan['mfu']:.0%} of its {peak:,.0f} TFLOP/s (an assumption: --mfu)")
+    print(f"  {'GPUs':>4}{'s/step':>10}{'tokens/s':>14}{'efficiency':>12}{'time':>10}{'GPU time':>11}")
+    for row in plan["speeds"]:
+        print(
+            f"  {row['gpus']:>4}{row['seconds_per_step']:>10.4f}{row['tokens_per_second']:>14,.0f}"
+            f"{row['efficiency']:>12.1%}{_duration(row['hours']):>10}{_duration(row['gpu_hours']):>11}"
+        )
+    for devices in GPU_COUNTS[len(plan["speeds"]) :]:
+        print(f"  {devices:>4}  more GPUs than sequences in a batch ({plan['most_gpus']})")
     if train.sharding == "fsdp":
         traffic = (
             "FSDP gathers the weights twice a step in bfloat16 and scatters the gradients once in float32:\n"
@@ -105,14 +171,15 @@ def run(config: "Config", options: argparse.Namespace) -> None:
             f"DDP sums {4 * parameters / 1e6:,.0f} MB of gradients in every step by ring all-reduce, in buckets of"
             f" {BUCKET_MEGABYTES} MB.\nBuckets are sent while the backward pass goes on; a step waits for the last one"
         )
-    within = f"{gpu.link_bytes_per_second / 1e9:,.0f} GB/s within a node of {per_node}, and of " if per_node > 1 else ""
+    per_node, link = plan["gpus_per_node"], plan["bytes_per_second_within_a_node"]
+    within = f"{link / 1e9:,.0f} GB/s within a node of {per_node}, and of " if per_node > 1 else ""
+    between = plan["bytes_per_second_between_nodes"]
     print(
         f"\nAll rows have the same global batch.\n{traffic}."
-        f"\nAssumed: {NETWORK_SHARE:.0%} of {within}{network / 1e9:,.2f} GB/s per GPU between nodes."
+        f"\nAssumed: {NETWORK_SHARE:.0%} of {within}{between / 1e9:,.2f} GB/s per GPU between nodes."
         "\nEvaluation, start-up and reading data are not counted."
     )
-    if config.optimizer.kind == "muon":
-        share = orthogonalisation_flops(model) / (flops * train.batch_tokens)
+    if share := plan["orthogonalisation_flops_share"]:
         print(f"Muon's orthogonalisation adds {share:.1%} of FLOPs, divided over the GPUs and gathered in bfloat16.")
 
 
@@ -130,6 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=_gigabits,
         help="Gbit/s of one node's network card, all its GPUs together [what is usual for the GPU]",
     )
+    command.parser.add_argument("--json", action="store_true", help="print JSON, for another program")
     return command.main(run, argv)
 
 

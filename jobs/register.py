@@ -7,10 +7,16 @@ so in its tags.
 """
 
 import sys
+from collections.abc import Sequence
 
 from jobs.command import run_stage
 
 FORCE = ("--force", "register.force=true", "take the alias whatever the gate says, and record it")
 
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_stage("register", __doc__, argv, flags=[FORCE])
+
+
 if __name__ == "__main__":
-    sys.exit(run_stage("register", __doc__, flags=[FORCE]))
+    sys.exit(main())

@@ -177,9 +177,12 @@ def test_the_tree_that_a_readme_draws_is_the_tree_on_disk(readme: str) -> None:
 
 
 def test_what_is_installed_is_every_package_there_is() -> None:
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    there = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in tracked("*/__init__.py")}
-    assert set(packages) == {package for package in there if package.partition(".")[0] in ROOMS}
+    rooms = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"][
+        "packages"
+    ]
+    assert set(rooms) == set(ROOMS)  # each with all that lies in it
+    folders = {path.parent for path in PYTHON_FILES if path.relative_to(ROOT).parts[0] in ROOMS}
+    assert not {folder for folder in folders if not (folder / "__init__.py").exists()}
 
 
 def texts() -> list[Path]:

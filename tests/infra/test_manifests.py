@@ -161,9 +161,9 @@ def test_what_the_image_copies_exists_and_reaches_the_build() -> None:
         for source in sources:
             assert (ROOT / source).exists(), source
             assert f"!{source}" in ignored, source
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    rooms = {package.partition(".")[0] for package in packages}
-    assert {line[1:] for line in ignored if line.startswith("!")} == rooms | {"pyproject.toml", "constraints.txt"}
+    hatch = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]
+    rooms = hatch["build"]["targets"]["wheel"]["packages"]
+    assert {line[1:] for line in ignored if line.startswith("!")} == {*rooms} | {"pyproject.toml", "constraints.txt"}
 
 
 def stage_of_image(name: str) -> str:

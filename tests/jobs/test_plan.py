@@ -1,5 +1,6 @@
 """The plan of every preset prints, adds up, and agrees with what the model really holds."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -194,3 +195,15 @@ def test_more_devices_are_faster_but_never_perfectly() -> None:
     assert steps[0].efficiency == 1.0
     assert steps[0].efficiency > steps[1].efficiency > steps[2].efficiency > 0
     assert [step.compute for step in steps] == sorted((step.compute for step in steps), reverse=True)
+
+
+def test_another_program_reads_the_same_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(PRESETS[0].parent / "gpt-53m.yaml"), "--gpu", "l40s"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert f"{plan['parameters']:,}" in printed
+    (eight,) = [row for row in plan["speeds"] if row["gpus"] == 8]
+    assert seconds_per_step(printed, 8) == pytest.approx(eight["seconds_per_step"], abs=5e-5)
+    assert plan["memory_bytes"]["total"] == sum(v for k, v in plan["memory_bytes"].items() if k != "total")

@@ -19,6 +19,7 @@ import secrets
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -71,6 +72,8 @@ class ChatTemplate(Protocol):
     @property
     def stops(self) -> tuple[str, ...]:
         """Texts that no answer holds, for they begin another turn."""
+
+    def __hash__(self) -> int: ...
 
     @property
     def escaped(self) -> tuple[str, ...]:
@@ -227,6 +230,18 @@ def render(tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Mess
         tuple((shift(start), shift(stop)) for start, stop in rendered.spoken),
         tuple(map(shift, places)),
     )
+
+
+@lru_cache(maxsize=8)
+def turn_ends(tokenizer: Tokenizer, template: ChatTemplate) -> frozenset[int]:
+    """Return the special token that a template puts behind an answer, if it does, with which an answer ends."""
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        ids, spoken = encode(tokenizer, template.render(talk))
+    except ValueError:  # it refuses such a conversation
+        return frozenset()
+    after = ids[spoken.argmax() :].tolist() if spoken.any() else []
+    return frozenset([token for token in after if token in tokenizer.special_names][:1])
 
 
 def encode(tokenizer: Tokenizer, rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:

@@ -176,7 +176,12 @@ def import_weights(model: GPT, weights: Mapping[str, Tensor], source: str) -> No
         if not name.endswith(BUFFERS)
     }
     if model.config.tie_embeddings:
-        given.pop("lm_head.weight", None)
+        head, embedding = given.pop("lm_head.weight", None), given.get("model.embed_tokens.weight")
+        if head is not None and embedding is not None and not head.is_meta and not torch.equal(head, embedding):
+            raise ValueError(
+                f"{source} says tie_word_embeddings=true and holds an lm_head.weight that is not its embedding; set"
+                f" tie_word_embeddings=false in its config.json, or leave that weight out."
+            )
     for ours, theirs, transposed in weight_names(model.config):
         missing = [name for name in theirs if name not in given]
         if missing:

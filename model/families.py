@@ -76,7 +76,7 @@ FIXED_FOR_ALL: dict[str, tuple[Any, ...]] = {
 # Settings that change no logit: names and notes, how first weights were drawn, what runs keep or return, other heads.
 HARMLESS = {
     *("_name_or_path", "architectures", "transformers_version", "transformers.js_config", "torch_dtype"),
-    *("dtype", "is_llama_config", "unsloth_fixed", "unsloth_version"),
+    *("dtype", "is_llama_config", "unsloth_fixed", "unsloth_version", "neftune_noise_alpha"),
     *("initializer_range", "use_cache", "gradient_checkpointing", "pretraining_tp", "return_dict", "torchscript"),
     *("output_attentions", "output_hidden_states", "use_bfloat16", "chunk_size_feed_forward", "is_decoder"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class"),

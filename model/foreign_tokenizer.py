@@ -15,6 +15,7 @@ import numpy as np
 
 from model.vocabulary import STOP_FILES, TOKENIZER_FILE, SpecialToken, Tokenizer, written_bytes
 
+MOST_TOKENS = 2**24
 # What may stand before byte-level BPE without taking anything from a text.
 NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
 PRE_TOKENIZERS = ("ByteLevel", "Split", "Digits", "Punctuation", "UnicodeScripts")
@@ -151,7 +152,7 @@ class ForeignTokenizer(Tokenizer):
         """Refuse tokens that `transformers` would add from the settings beside `tokenizer.json`."""
         for token, about in (config.get("added_tokens_decoder") or {}).items():
             content = about.get("content") if isinstance(about, dict) else None
-            if known.get(str(content)) != int(token):
+            if str(known.get(str(content))) != token:
                 raise ValueError(
                     f"The tokenizer_config.json of {self._where} has the token {content!r} with id {token}, which its"
                     f" tokenizer.json has not; save it again with transformers, which puts it there."
@@ -186,7 +187,7 @@ def check_kind(facts: Any, where: str) -> None:
         vocabulary = model["vocab"]
         normalizers = list(_parts(facts.get("normalizer"), "normalizers"))
         pre_tokenizers = list(_parts(facts.get("pre_tokenizer"), "pretokenizers", whole=True))
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"The tokenizer.json of {where} is no tokenizer of the `tokenizers` library.") from None
     kinds = [part["type"] for part in pre_tokenizers]
     if model.get("byte_fallback") or set(SENTENCE_PIECE) & {*kinds, *normalizers}:
@@ -207,7 +208,19 @@ def check_kind(facts: Any, where: str) -> None:
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise ValueError(f"The tokenizer.json of {where} has {name}={model[name]!r}, not supported.")
-    for token in facts.get("added_tokens") or ():
+    check_tokens(vocabulary, facts.get("added_tokens") or [], where)
+
+
+def check_tokens(vocabulary: Mapping[str, Any], added: Any, where: str) -> None:
+    """Raise `ValueError` for tokens that are none, or that would take a part of the text around them."""
+    are_named = all(isinstance(token, dict) and token.get("content") for token in added)
+    ids = [*vocabulary.values(), *(token.get("id") for token in added)] if are_named else []
+    if not ids or not all(type(token) is int and 0 <= token < MOST_TOKENS for token in ids):
+        raise ValueError(
+            f"The tokenizer.json of {where} has tokens without a name, or ids that are not between 0 and"
+            f" {MOST_TOKENS - 1:,}."
+        )
+    for token in added:
         if not token.get("special") and (token.get("lstrip") or token.get("rstrip")):
             raise ValueError(
                 f"The tokenizer.json of {where} has the token {token.get('content')!r}, which takes the white space"

@@ -7,7 +7,7 @@ for text in stream_text(model, tokenizer, "Once upon", SamplingSettings(max_toke
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from model.chat import ChatTemplate, Message, encode, render
+from model.chat import ChatTemplate, Message, encode, render, turn_ends
 from model.engine import Engine, EngineSettings
 from model.gpt import GPT
 from model.sampling import SamplingSettings
@@ -73,7 +73,12 @@ class Correspondent:
             raise ValueError(
                 f"The conversation has {len(tokens):,} tokens, and this model's context is {engine.context_length:,}."
             )
-        bounded = replace(settings, max_tokens=min(settings.max_tokens, room), stop=(*settings.stop, *template.stops))
+        bounded = replace(
+            settings,
+            max_tokens=min(settings.max_tokens, room),
+            stop=(*settings.stop, *template.stops),
+            stop_tokens=(*settings.stop_tokens, *turn_ends(engine.tokenizer, template)),
+        )
         engine.add(GenerationRequest("", tokens, bounded))
         try:
             while engine.has_work:

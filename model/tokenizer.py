@@ -206,7 +206,7 @@ def parse_tokenizer(files: Mapping[str, bytes], where: str) -> Tokenizer:
     """
     try:
         facts = json.loads(files[TOKENIZER_FILE])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"The tokenizer.json of {where} is not JSON ({error}).") from None
     return _parse_own(facts) or ForeignTokenizer(files, where)
 

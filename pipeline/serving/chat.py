@@ -7,14 +7,14 @@ stopped after two seconds.
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field, PlainValidator
 
-from model.chat import Message, OwnTemplate, encode
+from model.chat import Message, OwnTemplate, encode, turn_ends
 from model.chat import render as render_turns
 from model.sampling import TokenLogprob
 from pipeline.serving.completion import SHORT_TEXT_CHARACTERS, Answer, Service, check, respond, too_long
@@ -169,11 +169,16 @@ class ChatRequest(Strict):
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true.", param="top_logprobs")
 
-    def as_completion(self, prompt: list[int], room: int, stops: tuple[str, ...]) -> CompletionRequest:
-        """The completion that answers: `prompt` holds the conversation's tokens, `room` what the context has left."""
+    def as_completion(
+        self, prompt: list[int], room: int, stops: tuple[str, ...], ends: Iterable[int] = ()
+    ) -> CompletionRequest:
+        """The completion that answers: `prompt` holds the conversation's tokens, `room` what the context has left.
+
+        `stops` and `ends` are the texts and the tokens that end a turn.
+        """
         same = (
             *("model", "frequency_penalty", "logit_bias", "n", "presence_penalty", "seed", "stream", "stream_options"),
-            *("temperature", "top_p", "user", "top_k", "min_p", "typical_p", "repetition_penalty", "stop_token_ids"),
+            *("temperature", "top_p", "user", "top_k", "min_p", "typical_p", "repetition_penalty"),
         )
         asked = self.max_completion_tokens or self.max_tokens or room
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -183,6 +188,7 @@ class ChatRequest(Strict):
             max_tokens=min(asked, room),  # an upper bound, as OpenAI calls it
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             stop=[*stop, *stops],
+            stop_token_ids=[*(self.stop_token_ids or ()), *ends],
         )
 
 
@@ -248,7 +254,10 @@ async def chat(service: Service, body: ChatRequest, request: Request) -> Respons
     room = version.loaded.context_length - len(prompt)
     if room < 1:
         raise conversation_too_long(str(len(prompt)), version.loaded.context_length)
-    completion = body.as_completion(prompt, room, version.loaded.chat_template.stops)
+    template, ends = version.loaded.chat_template, frozenset[int]()
+    if not isinstance(template, OwnTemplate):  # whose answers end with the end of text
+        ends = await asyncio.to_thread(turn_ends, version.loaded.tokenizer, template)
+    completion = body.as_completion(prompt, room, template.stops, ends)
     return await respond(service, await check(service, completion, began, request), request, ChatAnswer)
 
 

@@ -10,12 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.checkpoint import load_model, save_model
+from model.checkpoint import export_weights, load_model, save_model
+from model.config import ModelConfig, OptimizerConfig
 from model.engine import Engine, EngineSettings, GenerationRequest, SamplingSettings
+from model.families import family_of, load_config
 from model.gpt import count_parameters
 from model.likelihood import Request, score
+from model.optimizer import Optimizer
 from model.tokenizer import load_tokenizer
-from tests.model.tiny_folders import CONTEXT, SHAPES, VOCABULARY, write_folder
+from tests.model.tiny_folders import CONTEXT, SHAPES, VOCABULARY, random_theirs, write_folder
 from tests.model.tiny_tokenizers import write_tokenizer
 
 
@@ -55,6 +58,38 @@ def merged(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any
     """What both files say, side by side."""
     apart = {"dtype", "transformers_version", "bos_token_id", "eos_token_id", "attn_pdrop", "n_inner"}
     return {name: (before[name], after[name]) for name in set(before) & set(after) - apart}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_loss_and_gradients_are_theirs(shape: str, tmp_path: Path) -> None:
+    theirs = write_folder(tmp_path, shape).train(False)
+    ours = load_model(tmp_path)
+    tokens = random_tokens(1)
+    targets = tokens.roll(-1, dims=1)
+    targets[:, -1] = -100
+    our_loss = ours.loss(tokens, targets) / (targets != -100).sum()
+    their_loss = theirs(tokens, labels=tokens).loss
+    torch.testing.assert_close(our_loss, their_loss, atol=1e-4, rtol=1e-4)
+    our_loss.backward()
+    their_loss.backward()
+    for mine in ours.parameters():
+        mine.data = mine.grad
+    expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, gradient in export_weights(ours).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-4, rtol=1e-3, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_every_weight_of_a_start_learns(kind: str, tmp_path: Path) -> None:
+    write_folder(tmp_path, "llama biases")
+    model = load_model(tmp_path)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    optimizer = Optimizer(model, OptimizerConfig(kind=kind), total_steps=4)
+    tokens = random_tokens()
+    model.loss(tokens, tokens.roll(-1, dims=1)).backward()
+    optimizer.step(1)
+    for name, parameter in model.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -111,6 +146,18 @@ def test_a_whole_file_comes_before_parts_that_lie_beside_it(tmp_path: Path) -> N
     assert torch.equal(load_model(tmp_path)(random_tokens()), expected)
 
 
+def test_a_head_of_its_own_under_tied_settings_is_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path, "llama")
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "model.safetensors")
+    load_model(tmp_path)
+    weights["lm_head.weight"][5] += 1
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"holds an lm_head\.weight that is not its embedding; set tie_word_"):
+        load_model(tmp_path)
+
+
 def test_gpt2s_context_is_cropped(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -137,6 +184,163 @@ def test_ropes_context_is_lengthened_and_cropped(shape: str, tmp_path: Path) -> 
         torch.testing.assert_close(ours(tokens[:, :length]), expected[:, :length], atol=1e-4, rtol=1e-4)
         save_model(tmp_path / "back", ours)
         assert load_model(tmp_path / "back").config == ours.config
+
+
+# As their makers published them, with the number of parameters that is known of each.
+PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
+    "SmolLM2-135M": (
+        134_515_008,
+        {
+            "model_type": "llama",
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "hidden_size": 576,
+            "initializer_range": 0.041666666666666664,
+            "intermediate_size": 1536,
+            "is_llama_config": True,
+            "max_position_embeddings": 8192,
+            "num_attention_heads": 9,
+            "num_hidden_layers": 30,
+            "num_key_value_heads": 3,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_interleaved": False,
+            "rope_scaling": None,
+            "rope_theta": 100000,
+            "tie_word_embeddings": True,
+            "vocab_size": 49152,
+        },
+    ),
+    "Llama-3.2-1B": (
+        1_235_814_400,
+        {
+            "model_type": "llama",
+            "eos_token_id": [128001, 128008, 128009],
+            "head_dim": 64,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 16,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "factor": 32.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": True,
+            "vocab_size": 128256,
+        },
+    ),
+    "Qwen3-0.6B": (
+        596_049_920,
+        {
+            "model_type": "qwen3",
+            "head_dim": 128,
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "max_position_embeddings": 40960,
+            "max_window_layers": 28,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 8,
+            "rope_theta": 1000000,
+            "sliding_window": None,
+            "use_sliding_window": False,
+            "tie_word_embeddings": True,
+            "vocab_size": 151936,
+        },
+    ),
+    "Qwen2.5-0.5B": (
+        494_032_768,
+        {
+            "model_type": "qwen2",
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "max_position_embeddings": 32768,
+            "max_window_layers": 24,
+            "num_attention_heads": 14,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 2,
+            "sliding_window": 32768,
+            "use_mrope": False,
+            "use_sliding_window": False,
+            "tie_word_embeddings": True,
+            "vocab_size": 151936,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings_are_read_and_give_the_published_size(name: str, tmp_path: Path) -> None:
+    size, settings = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    config, vocab_size = load_config(tmp_path)
+    assert count_parameters(config, vocab_size) == size
+    scaling = settings.get("rope_scaling")
+    assert config.rope_scaling == (scaling["rope_type"] if scaling else "none")
+    assert family_of(config) == settings["model_type"]
+
+
+REFUSED = [
+    ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu', not supported"),
+    ("llama", {"rope_interleaved": True}, "rope_interleaved=True, not supported"),
+    ("llama", {"sliding_window": 4096}, "sliding_window=4096, not supported"),
+    ("llama", {"activation": "swiglu"}, "activation='swiglu', not supported: what it does"),
+    ("llama", {"num_local_experts": 8}, "num_local_experts=8, not supported: what it does"),
+    ("llama", {"auto_map": {"AutoModel": "x.Y"}}, "auto_map={'AutoModel': 'x.Y'}, not supported"),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type': 'yarn'.*not supported"),
+    ("llama", {"rope_parameters": {"rope_type": "linear"}}, "lacks factor, which rope_type=linear needs"),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2, "mscale": 1}}, "mscale is not known here"),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "rope_factor must be"),
+    ("llama", {"rms_norm_eps": 0}, "epsilon is 0; that must be"),
+    ("llama", {"rms_norm_eps": "small"}, "epsilon is 'small'; that must be"),
+    ("llama", {"num_key_value_heads": 3}, "num_heads must be divisible by model.num_kv_heads"),
+    ("llama", {"head_dim": 7}, "head_dim must be even"),
+    ("qwen3", {"use_sliding_window": True}, "use_sliding_window=True, not supported"),
+    ("qwen3", {"model_type": "qwen3_moe"}, "a 'qwen3_moe' model; this project knows gpt2, qwen3, qwen2, llama"),
+    ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types.*not supported"),
+    ("gpt2", {"activation_function": "relu"}, "activation_function='relu', not supported"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True, not supported"),
+]
+
+
+@pytest.mark.parametrize(("shape", "changes", "sentence"), REFUSED, ids=[sentence for _, _, sentence in REFUSED])
+def test_what_cannot_be_read_right_is_refused_by_name(
+    shape: str, changes: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    random_theirs(shape).config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=rf"{sentence}.*\.$") as caught:
+        load_config(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"family": "classic", "qk_norm": False},
+        {"family": "classic", "rope_scaling": "linear"},
+        {"mlp_bias": True},
+        {"attention_bias": "qkv"},
+        {"qk_norm": False, "attention_bias": "qkv", "mlp_bias": True},
+        {"qk_norm": False, "attention_bias": "some"},
+        {"rope_scaling": "yarn"},
+        {"rope_scaling": "llama3"},
+        {"rope_scaling": "linear", "rope_factor": 0.0},
+        {"norm_epsilon": -1.0},
+    ],
+)
+def test_settings_that_belong_to_no_family_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"model\..*\.$"):
+        ModelConfig(**settings)
 
 
 class LettersOnly:

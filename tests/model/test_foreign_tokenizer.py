@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers
 
-from model.chat import encode, open_template, render
+from model.chat import CHAT_TEMPLATE, encode, open_template, render, turn_ends
 from model.foreign_tokenizer import ForeignTokenizer
 from model.sequence import TextStream
 from model.tokenizer import OwnTokenizer, Tokenizer, load_tokenizer, parse_tokenizer, train_bpe
@@ -169,9 +169,22 @@ def test_what_a_person_writes_is_text_and_what_the_template_writes_is_a_token(qw
     assert tokenizer.decode(ids[spoken]) == "No <|im_end|> here\n"
 
 
-def test_our_template_does_the_same_in_a_foreign_vocabulary(qwen: Path) -> None:
-    from model.chat import CHAT_TEMPLATE
+def test_an_answer_ends_where_the_template_ends_a_turn(qwen: Path) -> None:
+    tokenizer = load_tokenizer(qwen)
+    end = tokenizer.special_tokens["<|im_end|>"].token
+    assert turn_ends(tokenizer, open_template(CHATML)) == {end}
+    marked = CHATML.replace(
+        "message['content'] +", "'' }}{% generation %}{{ message['content'] }}{% endgeneration %}{{"
+    )
+    assert turn_ends(tokenizer, open_template(marked)) == {end}
+    plain = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    assert turn_ends(tokenizer, open_template(plain)) == set()
+    assert turn_ends(tokenizer, open_template("{{ raise_exception('never') }}")) == set()
+    own = open_template(CHAT_TEMPLATE, tokenizer.template_names)
+    assert turn_ends(tokenizer, own) == {tokenizer.end_of_text}
 
+
+def test_our_template_does_the_same_in_a_foreign_vocabulary(qwen: Path) -> None:
     tokenizer = load_tokenizer(qwen)
     template = open_template(CHAT_TEMPLATE, tokenizer.template_names)
     turns = [
@@ -220,6 +233,9 @@ REFUSED: list[tuple[Callable[[Any], Any], str]] = [
     (lambda facts: facts["added_tokens"][-1].update(rstrip=True), "takes the white space beside it"),
     (lambda facts: facts.pop("model"), "no tokenizer of the `tokenizers` library"),
     (lambda facts: facts["model"].update(vocab=[["a", 0.5]]), "only byte-level BPE"),
+    (lambda facts: facts["added_tokens"][0].update(id=10**9), "ids that are not between 0 and 16,777,215"),
+    (lambda facts: facts["added_tokens"][0].update(content=""), "tokens without a name"),
+    (lambda facts: facts["model"]["vocab"].update(a="b"), "ids that are not between"),
     (lambda facts: facts["model"].update(merges=["\u0120\u0120 nothing"]), "cannot be read"),
     (lambda facts: facts["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "("}), "cannot be read"),
 ]

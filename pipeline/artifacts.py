@@ -13,6 +13,7 @@ import json
 import os
 import posixpath
 import re
+import shutil
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -191,6 +192,15 @@ class Artifact:
         write_atomically(self.filesystem, self.file(name), content)
         return FileRecord(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
+    def keep_file(self, name: str, path: Path) -> FileRecord:
+        """Hold a local file that nobody will change: under a second name where both lie on one disk, else copied."""
+        filesystem = self.filesystem
+        if isinstance(filesystem, LocalFileSystem):
+            link_or_copy(path, Path(self.file(name)))
+        else:
+            filesystem.put_file(str(path), self.file(name))
+        return record_file(path)
+
     def write_text(self, name: str, content: str) -> FileRecord:
         return self.write_bytes(name, content.encode())
 
@@ -291,6 +301,22 @@ def write_atomically(filesystem: fsspec.AbstractFileSystem, path: str, content: 
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def link_or_copy(path: Path, target: Path) -> None:
+    """Put a file at `target` too, whole or not at all: as a hard link, or as a copy where there can be none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".tmp-{os.getpid()}-{threading.get_ident()}-{target.name}")
+    try:
+        try:
+            os.link(path, temporary)
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(path, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)  # also left by a rename onto the file itself
 
 
 def record_file(path: Path) -> FileRecord:

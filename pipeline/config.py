@@ -260,6 +260,12 @@ class TrainConfig:
         10.0, "minutes between checkpoints at most; 0: no limit", affects_result=False
     )
     keep_checkpoints: int = setting(2, "newest checkpoints to keep, beside the best one", affects_result=False)
+    keep_training_state: bool = setting(
+        True,
+        "whether a finished run keeps its last and its best checkpoint, with which it can go on to more steps; its"
+        " model stays either way",
+        affects_result=False,
+    )
     log_every_steps: int = setting(10, "steps between lines of progress and points in MLflow", affects_result=False)
     on_bad_loss: str = setting("stop", "when a loss is NaN or infinite: stop, or skip the batch (20 in a row at most)")
     max_restarts: int = setting(

@@ -24,7 +24,7 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 import model
 from model.tokenizer import load_tokenizer
 from pipeline import registry, tracking
-from pipeline.artifacts import Artifact, Manifest
+from pipeline.artifacts import Artifact, Manifest, link_or_copy, record_file
 from pipeline.config import CHALLENGER, Config, result_settings
 from pipeline.corpus.documents import read_documents
 from pipeline.evaluation.comparison import Change, compare_outcomes, decide, measure_gain
@@ -287,6 +287,7 @@ def log_version(
                 pip_requirements=["torch", "tiktoken", "tokenizers", "safetensors", "numpy"],
                 metadata=tags,
             )
+    share_weights(train, trained, str(client.get_logged_model(logged.model_id).artifact_location))
     try:
         client.create_registered_model(name)
     except MlflowException as error:
@@ -296,3 +297,14 @@ def log_version(
         name, source=logged.model_uri, run_id=run_id, tags=tags, model_id=logged.model_id
     )
     return str(created.version)
+
+
+def share_weights(train: Artifact, trained: Manifest, location: str) -> None:
+    """Let MLflow's copy of the weights be a second name of the training's file, where both lie on one disk."""
+    folder = Path(location.removeprefix("file://")) / "artifacts" / "checkpoint"
+    if "://" in train.url or not folder.is_dir():
+        return
+    for key, record in trained.files.items():
+        copy = folder / Path(key).name
+        if key.startswith("checkpoint/") and copy.suffix == ".safetensors" and record_file(copy) == record:
+            link_or_copy(Path(train.file(key)), copy)

@@ -149,7 +149,9 @@ def finish(config: Config, plan: TrainingPlan, result: dict[str, Any]) -> Manife
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = store.fetch(best, Path(folder) / best)
         for name in (*EXPORTED, *([TEMPLATE_FILE] if plan.chat_template else [])):
-            files[f"checkpoint/{name}"] = output.write_bytes(f"checkpoint/{name}", (checkpoint / name).read_bytes())
+            place, path = f"checkpoint/{name}", checkpoint / name
+            is_large = path.suffix == ".safetensors"  # small ones are copied: a person may edit them
+            files[place] = output.keep_file(place, path) if is_large else output.write_bytes(place, path.read_bytes())
         last = next(name for name, _ in store.whole())
         history = History.load(store.fetch(last, Path(folder) / last))
     counts = {
@@ -179,4 +181,6 @@ def finish(config: Config, plan: TrainingPlan, result: dict[str, Any]) -> Manife
             print(f"MLflow did not answer; what it has not taken lies in {output.url}/unsent.json", flush=True)
     if output.exists("ray"):
         output.filesystem.rm(output.file("ray"), recursive=True)  # Ray Train's own notes; it needs them no more
-    return output.commit(counts, files)
+    manifest = output.commit(counts, files)
+    store.keep_only({last, best} if config.train.keep_training_state else ())
+    return manifest

@@ -68,7 +68,7 @@ FRAME = {
     "preflight",
     "orchestrator",
 }
-WINGS = {"corpus", "training", "evaluation", "serving"}
+WINGS = {"corpus", "training", "evaluation", "serving", "records"}
 MAY_IMPORT = {
     "verb": {"frame", *WINGS},
     "frame": {"frame"},
@@ -79,6 +79,7 @@ MAY_IMPORT = {
     "training": {"frame", "training", "corpus"},
     "evaluation": {"frame", "evaluation"},
     "serving": {"frame", "serving"},
+    "records": {"frame", "records", "corpus", "training", "lease"},  # reads what all have made
 }
 
 

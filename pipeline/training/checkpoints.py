@@ -12,7 +12,7 @@ import os
 import posixpath
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,6 +128,14 @@ class CheckpointStore:
         for name in whole:
             if name not in kept:
                 self.at(name).delete()
+
+    def keep_only(self, names: Collection[str | None]) -> None:
+        """Remove all but these, and the folder with the last."""
+        for name in self.names():
+            if name not in names:
+                self.at(name).delete()
+        if not self.names() and self._run.exists(FOLDER):
+            self._run.filesystem.rm(self._run.file(FOLDER), recursive=True)
 
     def remove_unfinished(self) -> None:
         """Remove what a crash left half-written; for the one writer, before it starts."""

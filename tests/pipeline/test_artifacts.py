@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -128,3 +129,23 @@ def test_a_tilde_is_the_home_folder_or_a_sentence(tmp_path: Path, monkeypatch: p
     assert resolve_storage("~/st") == str(tmp_path / "st")
     with pytest.raises(ValueError, match="'~nosuchuser/st' names the home folder of a user"):
         resolve_storage("~nosuchuser/st")
+
+
+def test_a_kept_file_is_a_second_name_of_the_first_and_no_copy(artifact, tmp_path):
+    first = tmp_path / "weights"
+    first.write_text("hello")
+    assert artifact.keep_file("w/weights", first).bytes == 5
+    assert artifact.keep_file("w/weights", first).bytes == 5  # again, onto itself
+    assert first.samefile(artifact.file("w/weights"))
+    assert [path.name for path in Path(artifact.path, "w").iterdir()] == ["weights"]
+
+
+def test_a_file_of_another_disk_is_copied(artifact, tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "weights").write_text("hello")
+    artifact.keep_file("weights", tmp_path / "weights")
+    assert artifact.read_text("weights") == "hello"
+    assert not (tmp_path / "weights").samefile(artifact.file("weights"))

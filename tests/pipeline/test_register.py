@@ -162,6 +162,17 @@ def test_a_version_holds_the_weights_and_no_pickle(project, tmp_path):
     assert not {name for name in names if name.endswith((".pkl", ".pickle", ".pt", ".bin"))}, folder
 
 
+def test_mlflows_weights_are_a_second_name_of_the_trainings(project):
+    inputs = project.inputs("a")
+    register.run(project.config, inputs, artifact_at(project.config.storage, "tiny", "register", "s" * 20))
+    ours = Path(inputs["train"].file("checkpoint/model.safetensors"))
+    named = [path for path in Path(project.config.storage).rglob("*.safetensors") if path.samefile(ours)]
+    assert len(named) == 2
+    inputs["train"].delete()  # and what has lost one name has the other
+    (left,) = [path for path in named if path.exists()]
+    assert left.read_text() == "a"
+
+
 def test_the_name_can_be_chosen(project, config):
     chosen = replace(config, register=replace(config.register, model_name="chosen"))
     output = artifact_at(config.storage, config.name, "register", "9" * 20)

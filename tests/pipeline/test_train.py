@@ -109,7 +109,24 @@ def test_nothing_is_left_of_the_machinery(training: Training) -> None:
     files = training.output.list_files()
     assert not any(name.startswith("ray/") for name in files)
     kept = {name.split("/")[1].split("-")[1] for name in files if name.startswith("checkpoints/")}
-    assert kept == {"00000008", "00000012"}
+    assert kept == {"00000012"}  # the last one is the best, and going on needs no other
+
+
+def test_the_weights_lie_on_the_disk_once(training: Training) -> None:
+    files = training.output.list_files()
+    weights = [Path(training.output.file(name)) for name in files if name.endswith(".safetensors")]
+    assert len(weights) == 2
+    assert len({path.stat().st_ino for path in weights}) == 1
+
+
+def test_a_finished_run_may_keep_its_model_alone(ray_session: None, tmp_path: Path, training: Training) -> None:
+    alone = start_training(str(tmp_path), "train.keep_training_state=false")
+    assert alone.output.fingerprint == training.output.fingerprint
+    assert not any(name.startswith("checkpoints") for name in alone.output.list_files())
+    assert not Path(alone.output.file("checkpoints")).exists()
+    assert alone.manifest.files.keys() == training.manifest.files.keys()
+    for name in alone.manifest.files:
+        assert alone.output.exists(name)
 
 
 def test_same_seed_gives_the_same_bits(training: Training, tmp_path: Path) -> None:

@@ -473,10 +473,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 nats, gradient = chunk_gradient(part @ cast_weight.t(), target, vocab_size)
                 total += nats
                 torch.mm(gradient, cast_weight, out=hidden_gradient[start : start + chunk_tokens])
-                if dtype == torch.float32:
-                    weight_gradient.addmm_(gradient.t(), part)
-                else:
-                    weight_gradient += gradient.t() @ part
+                add_product(weight_gradient, gradient.t(), part)
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         return total
@@ -487,6 +484,22 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         by_hidden = (hidden_gradient * upstream[0]).to(ctx.hidden_dtype)
         by_weight = (weight_gradient * upstream[0]).to(ctx.weight_dtype)
         return by_hidden, by_weight, None, None, None, None
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to a float32 `total`, in place."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif keeps_float32_sums(total.device):
+        # One pass: elsewhere the product is rounded to 16 bits, written, and read again to be added.
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
+
+
+def keeps_float32_sums(device: torch.device) -> bool:
+    """Tell whether a product of 16 bits can be added in float32 there: on GPUs, and not in every PyTorch."""
+    return device.type == "cuda" and hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
 def cross_entropy_gradient(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
+from model import gpt
 from model.documents import find_documents
 from model.gpt import (
     GPT,
@@ -160,6 +162,44 @@ def test_rows_of_different_lengths_share_a_batch(model: GPT) -> None:
         alone = model.forward_hidden(tokens[row : row + 1, : length + 1])
         torch.testing.assert_close(prompt[row, :length], alone[0, :length], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(step[row, 0], alone[0, length], rtol=1e-4, atol=1e-4)
+
+
+def test_the_heads_gradient_can_be_added_up_without_rounding_each_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What GPUs do in one pass, by a stand-in for the product that they have and a CPU has not."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(size, 16, generator=generator).bfloat16() for size in (512, VOCABULARY))
+    targets = torch.randint(0, VOCABULARY, (512,), generator=generator)
+
+    def gradient_in(dtype: torch.dtype) -> Tensor:
+        head = weight.to(dtype).float().requires_grad_()
+        loss = gpt.ChunkedCrossEntropy.apply(
+            hidden.to(dtype), head, targets, VOCABULARY, 64, gpt.cross_entropy_gradient
+        )
+        return torch.autograd.grad(loss, head)[0]
+
+    calls = []
+    real_addmm = torch.addmm
+
+    def addmm(total: Tensor, left: Tensor, right: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+        calls.append((left.dtype, out_dtype))
+        assert out is total, "in place"
+        return real_addmm(total, left.to(out_dtype), right.to(out_dtype), out=out)
+
+    exact, rounded = gradient_in(torch.float32), gradient_in(torch.bfloat16)
+    monkeypatch.setattr(gpt, "keeps_float32_sums", lambda device: True)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    added = gradient_in(torch.bfloat16)
+    assert calls == [(torch.bfloat16, torch.float32)] * 8
+    assert (added - exact).norm() < (rounded - exact).norm() < 0.01 * exact.norm()
+
+
+def test_only_gpus_are_asked_for_that_product_and_pytorch_has_it() -> None:
+    assert gpt.keeps_float32_sums(torch.device("cuda"))
+    assert not gpt.keeps_float32_sums(torch.device("cpu"))
+    with torch.no_grad(), FakeTensorMode():  # shapes and types alone: without a GPU nothing is computed
+        total = torch.empty(64, 32, device="cuda")
+        left, right = (torch.empty(128, size, device="cuda", dtype=torch.bfloat16) for size in (64, 32))
+        assert torch.addmm(total, left.t(), right, out_dtype=torch.float32).dtype == torch.float32
 
 
 @torch.no_grad()

@@ -37,18 +37,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EngineSettings:
-    max_batch_size: int = 16  # texts generated at once: slots of the cache
-    cache_bytes: int = 2**30  # the cache never takes more; fewer slots if they would not fit
-    prefill_chunk_tokens: int = 256  # prompt tokens that one step runs at most, beside the texts being generated
+    max_batch_size: int = 0  # texts generated at once: slots of the cache; 0: what suits the device
+    cache_bytes: int = 0  # the cache never takes more, but has fewer slots; 0: what suits the device
+    prefill_chunk_tokens: int = 0  # of prompts in one step at most, beside the texts being generated; 0: as above
     max_queue: int = 256  # requests waiting at most
     weights: str = "auto"  # auto (bfloat16 where it is fast), as_is, float32, bfloat16 or int8
     backend: str = "auto"  # auto, torch, or kernel (the C++ forward pass; CPU only)
     threads: int = 0  # of the kernel; 0: the cores that may be used
 
     def __post_init__(self) -> None:
-        for name in ("max_batch_size", "cache_bytes", "prefill_chunk_tokens", "max_queue"):
-            require(getattr(self, name) > 0, f"The engine's {name} must be positive.")
-        require(self.threads >= 0, "The engine's threads cannot be negative.")
+        require(self.max_queue > 0, "The engine's max_queue must be positive.")
+        for name in ("max_batch_size", "cache_bytes", "prefill_chunk_tokens", "threads"):
+            require(getattr(self, name) >= 0, f"The engine's {name} cannot be negative.")
         require(
             self.weights in WEIGHTS, f"The engine's weights are {self.weights!r}; they can be {', '.join(WEIGHTS)}."
         )
@@ -56,6 +56,26 @@ class EngineSettings:
             self.backend in ("auto", "torch", "kernel"),
             f"The engine's backend is {self.backend!r}; it can be auto, torch or kernel.",
         )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What suits a kind of device where the settings leave it open."""
+
+    slots: int
+    prefill_chunk_tokens: int
+
+
+# A GPU reads the weights for 128 texts in the time it takes for one, and a prompt of 2,048 tokens keeps it as busy per
+# token as a longer one. On a CPU both only make everybody else wait.
+SIZES = {"cpu": Sizes(16, 256), "cuda": Sizes(128, 2048)}
+CPU_CACHE_BYTES = 2**30
+# Of a GPU's free memory: the next version, swapped in while this one still serves, wants a cache too.
+FREE_MEMORY_SHARE = 0.5
+
+
+def sizes_of(device: str) -> Sizes:
+    return SIZES.get(device, SIZES["cpu"])
 
 
 @dataclass(frozen=True)
@@ -83,7 +103,7 @@ class Engine:
         self.scheduler = Scheduler(
             self.runner.num_slots,
             self.settings.max_queue,
-            self.settings.prefill_chunk_tokens,
+            self.settings.prefill_chunk_tokens or sizes_of(model.embedding.weight.device.type).prefill_chunk_tokens,
             has_independent_rows=self.runner.has_independent_rows,
         )
         self._totals = dict.fromkeys(
@@ -293,18 +313,26 @@ def build_runner(model: GPT, settings: EngineSettings) -> Runner:
     weights = settings.weights
     if weights == "auto":
         # The kernel reads bfloat16 at full speed anywhere; torch only where the hardware multiplies it.
-        fast = kernel is not None or (device == "cuda" and torch.cuda.is_bf16_supported())
+        fast = kernel is not None or (device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
         weights = "bfloat16" if fast else "float32"
     if kernel is not None and weights == "as_is":
         weights = "float32" if model.embedding.weight.dtype == torch.float32 else "bfloat16"
     dtype = kernel_cache_dtype(weights) if kernel is not None else compute_dtype(model, weights)
     slot_bytes = model.config.context_length * cache_bytes_per_token(model.config, dtype)
-    num_slots = min(settings.max_batch_size, settings.cache_bytes // slot_bytes)
-    require(
-        num_slots > 0,
-        f"One text of {model.config.context_length} tokens takes {slot_bytes} bytes of cache; "
-        f"the engine's cache_bytes allow {settings.cache_bytes}.",
-    )
+    free_bytes = torch.cuda.mem_get_info(model.embedding.weight.device)[0] if device == "cuda" else 0
+    num_slots = count_slots(settings, device, slot_bytes, free_bytes)
     if kernel is not None:
         return KernelRunner(kernel, model, num_slots, weights, settings.threads or count_cores())
     return TorchRunner(model, num_slots, weights, use_graph=settings.backend != "torch")
+
+
+def count_slots(settings: EngineSettings, device: str, slot_bytes: int, free_bytes: int) -> int:
+    """How many texts the cache holds: as many as were asked for or suit the device, if they fit.
+
+    Raises `ValueError` where not even one does.
+    """
+    allowed = settings.cache_bytes or (int(FREE_MEMORY_SHARE * free_bytes) if device == "cuda" else CPU_CACHE_BYTES)
+    num_slots = min(settings.max_batch_size or sizes_of(device).slots, allowed // slot_bytes)
+    whose = "the engine's cache_bytes allow" if settings.cache_bytes else "there is room for"
+    require(num_slots > 0, f"One text of the whole context takes {slot_bytes} bytes of cache; {whose} {allowed}.")
+    return num_slots

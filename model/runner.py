@@ -25,6 +25,10 @@ DEVICE_TURN = threading.Lock()
 # On a GPU every step computes this many places more for every slot, with drafts in them or not: hardly more time than
 # one, where a longer draft would cost those who ask for none.
 GPU_DRAFT_TOKENS = 8
+# On a GPU prompts run in so many tokens, or twice, four times, ... as many, padded: CUDA's libraries choose and plan a
+# kernel for each shape that they meet, in 20 to 40 ms (read in others' reports, not measured here).
+SHORTEST_BUCKET = 32
+SHORTEST_VISIBLE = 256  # and so many keys, or twice, four times, ... as many
 WEIGHTS = ("auto", "as_is", "float32", "bfloat16", "int8")
 
 
@@ -157,15 +161,22 @@ class TorchRunner:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def _run_chunk(self, item: Work) -> Tensor:
-        end = item.start + len(item.tokens)
+        count, end = len(item.tokens), item.start + len(item.tokens)
+        length, visible = count, end
+        if self.batches_slots:
+            capacity = self.cache.capacity
+            length = bucket_of(count, SHORTEST_BUCKET, capacity - item.start)
+            visible = bucket_of(end, SHORTEST_VISIBLE, capacity)
+        # Padding writes behind the text's end, where its next tokens will overwrite it.
+        positions = torch.arange(item.start, item.start + length, device=self.device)
         hidden = self.model.forward_hidden(
-            torch.tensor([item.tokens], device=self.device),
+            torch.tensor([item.tokens + [0] * (length - count)], device=self.device),
             cache=self.cache,
             slots=torch.tensor([item.slot], device=self.device),
-            positions=torch.arange(item.start, end, device=self.device)[None],
-            visible=end,
+            positions=positions[None],
+            visible=visible,
         )
-        return self.model.logits(hidden[0, len(item.tokens) - item.num_logits :])
+        return self.model.logits(hidden[0, count - item.num_logits : count])
 
     def _run_slots(self, work: list[Work]) -> dict[int, Tensor]:
         """Run a few tokens of some slots in the batch [slots, width], which has a row for every slot."""
@@ -198,6 +209,11 @@ class TorchRunner:
         self._tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
         self._positions = torch.full(shape, self.cache.capacity - 1, dtype=torch.long, device=self.device)
         self._graph, self._logits = record_graph(lambda: self._forward(self._tokens, self._positions), self.device)
+
+
+def bucket_of(count: int, shortest: int, most: int) -> int:
+    """The first of shortest, twice that, four times that, ... that is not below `count`, and no more than `most`."""
+    return min(shortest << max(0, (count - 1) // shortest).bit_length(), most)
 
 
 def record_graph(compute: Callable[[], Tensor], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Tensor]:

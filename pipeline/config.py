@@ -392,11 +392,12 @@ class ServeConfig:
     cpus_per_replica: float = setting(1.0, "logical CPUs that Ray sets aside for each copy")
     gpus_per_replica: float = setting(0.0, "GPUs for each copy; fractions share one")
     threads: int = setting(0, "CPU threads of each copy; 0 takes every core that may be used")
+    backend: str = setting("engine", "what generates: engine (ours) or vllm (the extra gpt-53m[vllm])")
     weights: str = setting("auto", "auto (bfloat16 where it is fast), float32, bfloat16 or int8")
-    max_batch_size: int = setting(16, "texts generated at once by each copy")
+    max_batch_size: int = setting(0, "texts generated at once by each copy; 0: 16, and 128 on a GPU")
     max_queue: int = setting(64, "texts waiting at most in each copy; past it the answer is 429")
-    cache_bytes: int = setting(2**30, "the most that each copy's KV cache may take")
-    prefill_chunk_tokens: int = setting(256, "prompt tokens that one step reads at most")
+    cache_bytes: int = setting(0, "the most that each copy's KV cache may take; 0: 1 GiB, half of a GPU's free memory")
+    prefill_chunk_tokens: int = setting(0, "prompt tokens that one step reads at most; 0: 256, and 2,048 on a GPU")
     deadline_seconds: float = setting(120.0, "a request that has not ended by then ends with an error")
     max_body_bytes: int = setting(4 * 2**20, "the largest request body")
     watch_seconds: float = setting(10.0, "how often the aliases are looked up; 0: never")
@@ -407,14 +408,20 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         require(0 < self.port < 65536, "serve.port must lie between 1 and 65535.")
+        _check_choice("serve.backend", self.backend, ("engine", "vllm"))
+        require(
+            self.backend == "engine" or self.weights != "int8",
+            "serve.weights=int8 is our engine's; serve.backend=vllm takes auto, float32 or bfloat16.",
+        )
         require(bool(self.versions), "serve.versions needs at least one alias or version number.")
         require(len(set(self.versions)) == len(self.versions), "serve.versions names a version twice.")
         require(all(re.fullmatch(r"[\w.-]+", each) for each in self.versions), "serve.versions: letters, digits, . _ -")
-        sizes = ("replicas", "max_batch_size", "max_queue", "cache_bytes", "prefill_chunk_tokens", "max_body_bytes")
+        sizes = ("replicas", "max_queue", "max_body_bytes")
         measures = ("deadline_seconds", "target_ongoing_requests", "downscale_delay_seconds", "probe_tolerance")
         for name in (*sizes, *measures):
             require(getattr(self, name) > 0, f"serve.{name} must be positive.")
-        for name in ("cpus_per_replica", "gpus_per_replica", "threads", "watch_seconds"):
+        left_open = ("max_batch_size", "cache_bytes", "prefill_chunk_tokens")
+        for name in ("cpus_per_replica", "gpus_per_replica", "threads", "watch_seconds", *left_open):
             require(getattr(self, name) >= 0, f"serve.{name} cannot be negative.")
         require(
             self.max_replicas == 0 or self.max_replicas >= self.replicas,

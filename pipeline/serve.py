@@ -25,6 +25,7 @@ from pipeline import registry, tracking
 from pipeline.config import Config, ServeConfig
 from pipeline.serving.access import Access, ApiKey, is_local_host, read_keys
 from pipeline.serving.api import build_api
+from pipeline.serving.backend import StartBackend
 from pipeline.serving.live_engine import engine_starter, max_active
 from pipeline.serving.metrics import ServingMetrics, merge_pages
 from pipeline.serving.versions import ServedModels
@@ -55,7 +56,7 @@ class CompletionServer:
         self.models = ServedModels(
             name,
             settings.versions,
-            engine_starter(settings),
+            backend_starter(settings),
             self.metrics,
             device=device,
             probe_tolerance=settings.probe_tolerance,
@@ -102,6 +103,15 @@ def choose_device(settings: ServeConfig) -> torch.device:
     if not torch.cuda.is_available():
         raise ValueError("serve.gpus_per_replica asks for a GPU, and torch finds none here.")
     return torch.device("cuda")
+
+
+def backend_starter(settings: ServeConfig) -> StartBackend:
+    """What generates; raises `ValueError` where it is not installed."""
+    if settings.backend == "vllm":
+        from pipeline.serving.vllm_engine import vllm_starter
+
+        return vllm_starter(settings)
+    return engine_starter(settings)
 
 
 def build_app(config: Config) -> serve.Application:

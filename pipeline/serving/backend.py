@@ -6,18 +6,20 @@
     finally:
         backend.leave(ticket)
 
-`live_engine.py` is the one backend there is. Another one is another file: a class with these methods, and a
+`live_engine.py` is our engine, `vllm_engine.py` is vLLM. Another one is another file: a class with these methods, and a
 `StartBackend` that `serve.py` hands to `ServedModels`.
 """
 
 import asyncio
 import contextlib
+import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from model.gpt import GPT
+from model.sampling import SamplingSettings
 from model.sequence import Chunk, GenerationRequest
 from model.tokenizer import Tokenizer
 
@@ -133,3 +135,24 @@ def most_tokens(request: GenerationRequest) -> int:
 def sequences(request: GenerationRequest) -> int:
     """How many places in the batch a request takes."""
     return max(request.settings.num_candidates, request.settings.num_beams)
+
+
+async def score_by_echo(backend: Backend, tokens: Sequence[int]) -> list[float]:
+    """Return the log-probability of each token after the first, as the backend tells it where a prompt is echoed.
+
+    Raises `ValueError` if no answer comes.
+    """
+    # Every request is answered with at least one token, so the context must have room for one more.
+    settings = SamplingSettings(max_tokens=1, temperature=0.0, echo=True, logprobs=0)
+    ticket = backend.submit([GenerationRequest(f"score-{uuid.uuid4().hex}", list(tokens), settings)])
+    found: list[float] = []
+    try:
+        while chunks := await ticket.read():
+            for chunk in chunks:
+                if chunk.finish_reason not in (None, "stop", "length"):
+                    raise ValueError(f"it does not answer ({chunk.finish_reason}: {chunk.error})")
+                if chunk.is_prompt:
+                    found += [each.logprob for each in chunk.logprobs or () if each.logprob is not None]
+    finally:
+        backend.leave(ticket)
+    return found

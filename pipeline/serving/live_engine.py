@@ -11,21 +11,22 @@ import logging
 import math
 import threading
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from model.cores import count_cores
-from model.engine import Engine, EngineSettings, QueueFull
+from model.engine import Engine, EngineSettings, QueueFull, count_slots, sizes_of
 from model.gpt import GPT
-from model.sampling import SamplingSettings
+from model.runner import cache_bytes_per_token
 from model.sequence import Chunk, GenerationRequest
 from model.tokenizer import Tokenizer
 from pipeline.config import ServeConfig
-from pipeline.serving.backend import Backend, BackendStats, StartBackend, Ticket, most_tokens, sequences
+from pipeline.serving.backend import Backend, BackendStats, StartBackend, Ticket, most_tokens, score_by_echo, sequences
 from pipeline.serving.errors import EngineDied, Overloaded
 
 # A request is taken if the work ahead of it fills at most this share of its time at the measured speed; the rest is
@@ -57,9 +58,22 @@ def engine_settings(settings: ServeConfig) -> EngineSettings:
     )
 
 
+def places(settings: ServeConfig) -> int:
+    """How many texts one replica generates at once."""
+    return settings.max_batch_size or sizes_of("cuda" if settings.gpus_per_replica else "cpu").slots
+
+
+def cache_bytes_for(settings: ServeConfig, model: GPT, dtype: torch.dtype) -> int:
+    """What a cache of keys and values for all places takes, as far as the settings and the device allow."""
+    device = model.embedding.weight.device
+    slot_bytes = model.config.context_length * cache_bytes_per_token(model.config, dtype)
+    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    return slot_bytes * count_slots(engine_settings(settings), device.type, slot_bytes, free_bytes)
+
+
 def max_active(settings: ServeConfig) -> int:
     """How many sequences one replica takes on: those running and those waiting."""
-    return settings.max_batch_size + settings.max_queue
+    return places(settings) + settings.max_queue
 
 
 class LiveEngine:
@@ -146,20 +160,7 @@ class LiveEngine:
 
     async def score(self, tokens: Sequence[int]) -> list[float]:
         """Return the log-probability of each token after the first; raises `ValueError` if no answer comes."""
-        # The engine answers every request with at least one token, so the context must have room for one more.
-        settings = SamplingSettings(max_tokens=1, temperature=0.0, echo=True, logprobs=0)
-        ticket = self.submit([GenerationRequest(f"score-{uuid.uuid4().hex}", list(tokens), settings)])
-        found: list[float] = []
-        try:
-            while chunks := await ticket.read():
-                for chunk in chunks:
-                    if chunk.finish_reason not in (None, "stop", "length"):
-                        raise ValueError(f"it does not answer ({chunk.finish_reason}: {chunk.error})")
-                    if chunk.is_prompt:
-                        found += [each.logprob for each in chunk.logprobs or () if each.logprob is not None]
-        finally:
-            self.leave(ticket)
-        return found
+        return await score_by_echo(self, tokens)
 
     def stats(self) -> BackendStats:
         found = self.engine.stats()

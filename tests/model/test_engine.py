@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model.beams import Beams
 from model.cores import count_cores
-from model.engine import Engine, EngineSettings, GenerationRequest, QueueFull, SamplingSettings
+from model.engine import Engine, EngineSettings, GenerationRequest, QueueFull, SamplingSettings, count_slots, sizes_of
 from model.gpt import GPT
 from model.sampling import MAX_LOOKUP_TOKENS
 from model.sequence import Sequence, Work
@@ -131,6 +131,34 @@ def test_the_cache_never_exceeds_its_bound() -> None:
     assert small.stats()["cache_bytes"] <= 3 * CONTEXT * token
     with pytest.raises(ValueError, match="cache_bytes allow 10"):
         engine(cache_bytes=10)
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "free_slots", "slots"),
+    [
+        ("cpu", {}, 0, 16),
+        ("cuda", {}, 1000, 128),
+        ("cuda", {}, 100, 50),  # half of what is free: the next version is swapped in beside this one
+        ("cuda", {"max_batch_size": 300}, 1000, 300),
+        ("cuda", {"cache_bytes": 7 * 2**20 + 5}, 1000, 7),
+        ("cpu", {"max_batch_size": 4, "cache_bytes": 2**30}, 0, 4),
+        ("xpu", {}, 0, 16),
+    ],
+)
+def test_the_slots_that_suit_a_device(device: str, asked: dict[str, int], free_slots: int, slots: int) -> None:
+    slot_bytes = 2**20
+    assert count_slots(EngineSettings(**asked), device, slot_bytes, free_slots * slot_bytes) == slots
+
+
+def test_a_full_gpu_is_said_and_a_gpu_reads_longer_chunks() -> None:
+    with pytest.raises(ValueError, match="there is room for 500"):
+        count_slots(EngineSettings(), "cuda", 1024, 1000)
+    assert (sizes_of("cpu").prefill_chunk_tokens, sizes_of("cuda").prefill_chunk_tokens) == (256, 2048)
+    assert engine().scheduler.prefill_chunk_tokens == 256
+    assert engine(prefill_chunk_tokens=5).scheduler.prefill_chunk_tokens == 5
+    for name, value in {"max_batch_size": -1, "cache_bytes": -1, "prefill_chunk_tokens": -1, "max_queue": 0}.items():
+        with pytest.raises(ValueError, match=name):
+            EngineSettings(**{name: value})
 
 
 @needs_compiler

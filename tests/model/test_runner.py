@@ -163,6 +163,41 @@ def test_torch_runs_slots_of_different_lengths_as_one_batch_as_it_does_on_a_gpu(
     torch.testing.assert_close(again[0], expected[24], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("shape", ["modern odd", "classic"])
+def test_prompts_of_every_length_meet_a_gpu_in_few_shapes(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded, a prompt has the logits that it has alone, and leaves the cache fit for what follows."""
+    monkeypatch.setattr("model.runner.SHORTEST_BUCKET", 8)
+    monkeypatch.setattr("model.runner.SHORTEST_VISIBLE", 16)
+    tokens = random_tokens(CONTEXT)
+    runner = torch_runner(shape)
+    runner.batches_slots, runner.max_draft_tokens, runner.width = True, 0, 1
+    expected, shapes = expected_logits(runner.model, tokens), set()
+    forward = runner.model.forward_hidden
+
+    def counted(ids: Tensor, **asked: object) -> Tensor:
+        shapes.add((tuple(ids.shape), asked["visible"]))
+        return forward(ids, **asked)
+
+    monkeypatch.setattr(runner.model, "forward_hidden", counted)
+    for length in range(2, CONTEXT + 1):
+        logits = runner.run([Work(1, 0, tokens[:length], 2)])
+        torch.testing.assert_close(logits, expected[length - 2 : length], atol=1e-4, rtol=1e-4)
+        if length < CONTEXT:
+            step = runner.run([Work(1, length, tokens[length : length + 1], 1)])
+            torch.testing.assert_close(step[0], expected[length], atol=1e-4, rtol=1e-4)
+    chunks = shapes - {((3, 1), CONTEXT)}
+    assert chunks == {((1, 8), 16), ((1, 16), 16), ((1, 32), 32), ((1, 64), 64)}
+    # A chunk behind another one, and one whose bucket would reach beyond the context.
+    runner.run([Work(0, 0, tokens[:32], 0)])
+    behind = runner.run([Work(0, 32, tokens[32:40], 8)])
+    end = runner.run([Work(0, 40, tokens[40:60], 0), Work(0, 60, tokens[60:], 4)])
+    rows = [*range(32, 40), *range(60, 64)]
+    torch.testing.assert_close(torch.cat((behind, end)), expected[rows], atol=1e-4, rtol=1e-4)
+    # The same chunk has the same bits, whatever ran before it and beside it.
+    beside, alone = Work(0, 0, tokens[:9], 0), Work(2, 0, tokens[:30], 30)
+    assert torch.equal(runner.run([alone, beside]), runner.run([alone]))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_cuda_graph_gives_what_its_launches_one_by_one_give(shape: str) -> None:

@@ -21,7 +21,7 @@ from tests.pipeline.tiny_registry import TinyRegistry
 
 
 class LocalServer:
-    """Serves a tiny registry on a free port until `close`."""
+    """Serves a tiny registry on a port, a free one by itself, until `close`."""
 
     def __init__(
         self,
@@ -29,6 +29,7 @@ class LocalServer:
         settings: ServeConfig,
         keys: tuple[ApiKey, ...] = (),
         start_backend: StartBackend | None = None,
+        port: int = 0,
     ) -> None:
         registry.current()
         self.registry = registry
@@ -48,7 +49,7 @@ class LocalServer:
         self._settings = settings
         # With proto 0 asyncio would leave Nagle's algorithm on: 40 ms for every answer.
         self._socket = socket.socket(proto=socket.IPPROTO_TCP)
-        self._socket.bind(("127.0.0.1", 0))
+        self._socket.bind(("127.0.0.1", port))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self._started = threading.Event()
         self._error: BaseException | None = None

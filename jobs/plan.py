@@ -28,6 +28,7 @@ def calculate(config: "Config", options: argparse.Namespace) -> dict[str, Any]:
     """All figures of the plan, by name, with their units."""
     from model.budget import estimate_memory, estimate_step, orthogonalisation_flops
     from model.gpt import count_parameters, flops_per_token
+    from model.roofline import BANDWIDTH_SHARE, launch_seconds, roofline
     from pipeline.training.memory import advise_out_of_memory
 
     gpu, model, train = options.gpu, config.model, config.train
@@ -53,6 +54,10 @@ def calculate(config: "Config", options: argparse.Namespace) -> dict[str, Any]:
     network = gpu.network_bytes_per_second
     if options.network_gigabits is not None:
         network = options.network_gigabits * 1e9 / 8 / per_node
+    micro_batches = math.ceil(train.batch_tokens / model.context_length / train.micro_batch_sequences)
+    parts = roofline(
+        model, config.optimizer, vocab_size, tokens=train.batch_tokens, micro_batches=micro_batches, gpu=gpu
+    )
     rows = []
     for devices in GPU_COUNTS:
         # Micro-batches of one sequence at least: no more GPUs than sequences can work.
@@ -99,6 +104,11 @@ def calculate(config: "Config", options: argparse.Namespace) -> dict[str, Any]:
         "gpu": gpu.name,
         "gpu_memory_gigabytes": gpu.memory_gigabytes,
         "gpu_flops_per_second": gpu.flops_per_second,
+        "gpu_memory_bytes_per_second": gpu.memory_bytes_per_second,
+        "memory_bandwidth_share": BANDWIDTH_SHARE,
+        "step_tokens": train.batch_tokens,
+        "step_parts": [asdict(part) for part in parts],
+        "step_launch_seconds": launch_seconds(model, micro_batches),
         "mfu": options.mfu,
         "gpus_that_share_the_model": shards,
         "memory_bytes": asdict(memory) | {"total": memory.total},
@@ -150,6 +160,7 @@ def describe(config: "Config", plan: Mapping[str, Any]) -> None:
     if plan["advice"]:
         print(f"  {plan['advice']}")
 
+    describe_step(plan)
     peak = plan["gpu_flops_per_second"] / 1e12
     print(f"\n{gpu} at {plan['mfu']:.0%} of its {peak:,.0f} TFLOP/s (an assumption: --mfu)")
     print(f"  {'GPUs':>4}{'s/step':>10}{'tokens/s':>14}{'efficiency':>12}{'time':>10}{'GPU time':>11}")
@@ -181,6 +192,23 @@ def describe(config: "Config", plan: Mapping[str, Any]) -> None:
     )
     if share := plan["orthogonalisation_flops_share"]:
         print(f"Muon's orthogonalisation adds {share:.1%} of FLOPs, divided over the GPUs and gathered in bfloat16.")
+
+
+def describe_step(plan: Mapping[str, Any]) -> None:
+    """Say what a step takes by part, for a measured one to be laid beside it."""
+    tokens, parts = plan["step_tokens"], plan["step_parts"]
+    seconds = sum(part["seconds"] for part in parts)
+    print(f"\na step of {tokens:,} tokens on one {plan['gpu']} by part, in bfloat16 (model/roofline.py has the sources)")
+    for part in parts:
+        share = part["seconds"] / seconds
+        print(f"  {part['name']:<18}{1000 * part['seconds']:>10.1f} ms {share:>5.0%}  {part['formula']}")
+    mfu = plan["flops_per_token"] * tokens / seconds / plan["gpu_flops_per_second"]
+    bandwidth = f"{plan['memory_bandwidth_share']:.0%} of {plan['gpu_memory_bytes_per_second'] / 1e12:.2f} TB/s"
+    print(f"  {'in all':<18}{1000 * seconds:>10.1f} ms        {tokens / seconds:,.0f} tokens/s, MFU {mfu:.0%};"
+          f" {bandwidth} assumed")  # fmt: skip
+    launches = plan["step_launch_seconds"]
+    bound = "longer than the GPU's work: a step waits for the host" if launches > seconds else "hidden behind them"
+    print(f"  {'launches':<18}{1000 * launches:>10.1f} ms        {bound}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

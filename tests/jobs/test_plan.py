@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from jobs.plan import main
 from model.budget import activations_per_token, estimate_memory, estimate_step, orthogonalisation_flops
 from model.gpt import GPT, ModelConfig
+from model.gpus import Gpu, find_gpu
 from model.optimizer import OptimizerConfig
+from model.roofline import launch_seconds, product_share, roofline
 from model.training import MAX_SHARES, SharedLoss, count_shares, parallelize
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +25,7 @@ PRESETS = sorted((ROOT / "jobs" / "presets").glob("*.yaml"))
 def test_every_preset_has_a_plan(preset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(preset), "--gpu", "h200"]) == 0
     printed = capsys.readouterr().out
-    for word in ("parameters", "FLOPs per token", "activations", "GPU time"):
+    for word in ("parameters", "FLOPs per token", "activations", "GPU time", "pointwise", "head and loss", "launches"):
         assert word in printed
 
 
@@ -30,6 +33,45 @@ def test_the_reference_shapes_have_their_parameters(capsys: pytest.CaptureFixtur
     presets = {path.stem: str(path) for path in PRESETS}
     main([presets["gpt2-124m"]])
     assert "124,439,808" in capsys.readouterr().out
+
+
+SMALL = ModelConfig(num_layers=2, width=64, num_heads=2, num_kv_heads=1, mlp_width=100, context_length=128)
+
+
+def parts_of(model: ModelConfig, gpu: Gpu, tokens: int = 1024, micro_batches: int = 1) -> dict[str, float]:
+    found = roofline(model, OptimizerConfig("adamw"), 256, tokens=tokens, micro_batches=micro_batches, gpu=gpu)
+    return {part.name: part.seconds for part in found}
+
+
+def test_a_steps_parts_are_flops_over_the_peak_and_bytes_over_the_bandwidth() -> None:
+    gpu = Gpu("round", 1e12, 80, 1e9, 1e9, 1e9)
+    found = parts_of(SMALL, gpu)
+    weights = 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 100)
+    assert found["products"] == pytest.approx(6 * weights * 1024 / (0.58 * 1e12))
+    numbers = 23 * 64 + 5 * (64 + 32) + 9 * 100
+    assert found["pointwise"] == pytest.approx(2 * 2 * numbers * 1024 / (0.85 * 1e9))
+    assert found["head and loss"] == pytest.approx(6 * 256 * 64 * 1024 / 0.58e12 + 6 * 256 * 1024 / 0.85e9)
+    assert found["attention"] == pytest.approx(7 * 128 * 64 * 2 * 1024 / 0.35e12)
+    # Twice the tokens take twice the time, but the optimizer's; a faster memory leaves the products alone.
+    twice = parts_of(SMALL, gpu, tokens=2048)
+    assert all(twice[name] == pytest.approx(2 * found[name]) for name in found if name != "rest")
+    assert found["rest"] < twice["rest"] < 2 * found["rest"]
+    faster = parts_of(SMALL, replace(gpu, memory_bytes_per_second=2e9))
+    assert faster["products"] == found["products"]
+    assert faster["pointwise"] == pytest.approx(found["pointwise"] / 2)
+    assert parts_of(SMALL, gpu, micro_batches=4)["rest"] > found["rest"]
+    assert launch_seconds(SMALL, 8) == 8 * launch_seconds(SMALL, 1)
+
+
+def test_wide_products_are_a_larger_part_and_reach_more_of_the_peak() -> None:
+    h100 = find_gpu("h100")
+    assert h100 is not None
+    shares = []
+    for width, heads, mlp_width in ((512, 4, 1280), (768, 6, 2048), (2048, 16, 5504)):
+        found = parts_of(ModelConfig(num_layers=12, width=width, num_heads=heads, mlp_width=mlp_width), h100)
+        shares.append(found["products"] / sum(found.values()))
+    assert shares == sorted(shares)
+    assert product_share(512) < product_share(768) < product_share(4096) < 1
 
 
 def test_what_does_not_fit_says_what_helps(capsys: pytest.CaptureFixture[str]) -> None:

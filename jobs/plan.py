@@ -198,7 +198,7 @@ def describe_step(plan: Mapping[str, Any]) -> None:
     """Say what a step takes by part, for a measured one to be laid beside it."""
     tokens, parts = plan["step_tokens"], plan["step_parts"]
     seconds = sum(part["seconds"] for part in parts)
-    print(f"\na step of {tokens:,} tokens on one {plan['gpu']} by part, in bfloat16 (model/roofline.py has the sources)")
+    print(f"\na step of {tokens:,} tokens on one {plan['gpu']} by part, in bfloat16 (sources: model/roofline.py)")
     for part in parts:
         share = part["seconds"] / seconds
         print(f"  {part['name']:<18}{1000 * part['seconds']:>10.1f} ms {share:>5.0%}  {part['formula']}")

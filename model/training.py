@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.documents import Documents, find_documents, split_documents
 from model.gpt import GPT, Block, chunked_cross_entropy, cross_entropy_gradient
+from model.gpu_steps import GraphedGradients
 from model.optimizer import Optimizer
 
 STRATEGIES = ("none", "ddp", "fsdp")
@@ -127,6 +128,18 @@ class SharedLoss(LossModule):
         return torch.stack([nats for nats, _ in done]).sum()
 
 
+class GraphedLoss(LossModule):
+    """The loss on one GPU, whose forward and backward passes are recorded once and then launched at once."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__(model)
+        self.graphed = GraphedGradients(model, super().forward)
+
+    def add_gradients(self, batch: MicroBatch, scale: float, precision: torch.dtype) -> Tensor:
+        """Add the gradients of `scale` x nats of a micro-batch to those of the weights; return the nats."""
+        return self.graphed.add(batch, scale, precision)
+
+
 def parallelize(
     model: GPT,
     *,
@@ -135,12 +148,14 @@ def parallelize(
     precision: torch.dtype = torch.float32,
     gradient_precision: torch.dtype = torch.float32,
     recompute: bool = False,
+    graphs: bool = False,
 ) -> nn.Module:
     """Return what `train_step` runs: the model's loss, compiled, and spread over the ranks by `strategy`.
 
     The model itself keeps its parameters and their names, so the optimizer and checkpoints use it directly; under
     FSDP2 they are sharded in place, which is why the optimizer is built afterwards. With `recompute` each block keeps
     only its input for the backward pass, which computes the rest again (activation checkpointing, arXiv:1604.06174).
+    With `graphs` one GPU launches a micro-batch as one CUDA graph; several, and CPUs, do as without.
     Gradients travel between ranks in `gradient_precision`: bfloat16 halves the bytes and rounds what each rank adds.
     """
     assert strategy in STRATEGIES, strategy
@@ -154,6 +169,8 @@ def parallelize(
         threads = torch.get_num_threads()
         if strategy == "none" and count_shares(threads, MAX_SHARES, model.config.dropout) > 1:
             module = SharedLoss(model, threads)
+    elif graphs and device.type == "cuda" and strategy == "none":
+        module = GraphedLoss(model)
     if compile:
         if device.type == "cpu":
             with suppress(ModuleNotFoundError):  # without the folder model/cpu training is slower, no more
@@ -236,7 +253,7 @@ def train_step(
     scale = (world_size if sharded else 1) / global_tokens
     optimizer.zero_grad()
     for batch, is_last in _mark_last(micro_batches):
-        if isinstance(module, SharedLoss):
+        if isinstance(module, SharedLoss | GraphedLoss):
             loss += module.add_gradients(batch, scale, precision) / global_tokens
             continue
         with _synchronised(module, is_last):

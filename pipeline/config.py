@@ -226,6 +226,12 @@ class TrainConfig:
         added_later=True,
     )
     compile: bool = setting(False, "torch.compile the model: slower to start, faster to run", affects_result=False)
+    cuda_graphs: bool = setting(
+        False, "on one GPU: launch each micro-batch as one graph", affects_result=False, added_later=True
+    )
+    flash_attention: str = setting(
+        "2", "on GPUs: 2 (PyTorch's own), 3 (Hopper) or 4 (Blackwell)", affects_result=False, added_later=True
+    )
     recompute_activations: bool = setting(
         False, "keep less for the backward pass and compute it again: slower, less memory", affects_result=False
     )
@@ -299,6 +305,7 @@ class TrainConfig:
         require(self.max_restarts >= -1, "train.max_restarts must be -1 or more.")
         _check_choice("train.precision", self.precision, ("auto", "float32", "bfloat16"))
         _check_choice("train.gradient_precision", self.gradient_precision, ("float32", "bfloat16"))
+        _check_choice("train.flash_attention", self.flash_attention, ("2", "3", "4"))
         _check_choice("train.sharding", self.sharding, ("ddp", "fsdp"))
         _check_choice("train.device", self.device, ("auto", "cpu", "gpu"))
         _check_choice("train.on_bad_loss", self.on_bad_loss, ("stop", "skip"))

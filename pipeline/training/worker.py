@@ -29,6 +29,7 @@ from model.checkpoint import (
     write_model,
 )
 from model.gpt import GPT
+from model.gpu_steps import use_flash_attention
 from model.optimizer import Optimizer, build_optimizer
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.training import LossModule, StepMeasures, choose_precision, parallelize, train_step
@@ -108,6 +109,8 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
     history.precision = agreement.from_rank_0(lambda: keep_precision(history.precision, options.precision, device))
     precision = getattr(torch, history.precision)
     strategy = options.sharding if world_size > 1 else "none"
+    if device.type == "cuda":
+        use_flash_attention(options.flash_attention)
     module = parallelize(
         model,
         strategy=strategy,
@@ -115,6 +118,7 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
         precision=precision,
         gradient_precision=getattr(torch, options.gradient_precision),
         recompute=options.recompute_activations,
+        graphs=options.cuda_graphs,
     )
 
     # optimizer

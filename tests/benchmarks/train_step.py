@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor import config as inductor
 
 # A script run by its path sees only its own folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -33,6 +34,7 @@ from model import gpt, optimizer, training
 from model.cpu import attention
 from model.families import export_config
 from model.gpt import GPT, ModelConfig, block_parameters, flops_per_token
+from model.gpu_steps import use_flash_attention
 from model.optimizer import OptimizerConfig, build_optimizer
 from model.training import autocast, choose_precision, parallelize, train_step
 
@@ -73,7 +75,7 @@ def our_step(options: argparse.Namespace, is_compiled: bool) -> Callable[[], Any
         choose_precision(options.precision, options.device),
     )
     model = GPT(config, options.vocabulary).to(options.device)
-    module = parallelize(model, compile=is_compiled, recompute=options.recompute)
+    module = parallelize(model, compile=is_compiled, recompute=options.recompute, graphs=options.graphs)
     optimizer = build_optimizer(model, OptimizerConfig(kind=options.optimizer), total_steps=1000)
     tokens = batch.tokens.numel()
     gc.collect()
@@ -171,6 +173,13 @@ CPU_LEVERS: dict[str, Callable[[argparse.Namespace], None]] = {
     "each product divided among cores": lambda options: setattr(training, "MAX_SHARES", 1),
     "freed memory given back": lambda options: setattr(training, "keep_freed_memory", lambda: None),
 }
+# What may give something and is not what a training does by itself.
+GPU_LEVERS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "each micro-batch one graph": lambda options: vars(options).update(graphs=True),
+    "FlashAttention 3": lambda options: use_flash_attention("3"),
+    "FlashAttention 4": lambda options: use_flash_attention("4"),
+    "products by Triton, SwiGLU in their epilogue": lambda options: setattr(inductor, "max_autotune_gemm", True),
+}
 GPU_MUON_LEVERS: dict[str, Callable[[argparse.Namespace], None]] = {
     "orthogonalised in float32": lambda options: setattr(
         optimizer, "_orthogonalisation_dtype", lambda device: torch.float32
@@ -182,8 +191,8 @@ def levers_of(options: argparse.Namespace) -> dict[str, Callable[[argparse.Names
     levers = LEVERS | (DOCUMENT_LEVERS if options.documents else {})
     if torch.device(options.device).type == "cpu":
         levers |= CPU_LEVERS
-    elif options.optimizer == "muon":
-        levers |= GPU_MUON_LEVERS
+    else:
+        levers |= GPU_LEVERS | (GPU_MUON_LEVERS if options.optimizer == "muon" else {})
     chosen = options.only.split(",") if options.only else levers
     return {name: lever for name, lever in levers.items() if name == "all" or name in chosen}
 
@@ -341,6 +350,7 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"), help="ours; the peers have AdamW")
     parser.add_argument("--recompute", action="store_true", help="ours computes activations again")
+    parser.add_argument("--graphs", action="store_true", help="on a GPU: ours launches each micro-batch as one graph")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--modes", default="eager,compiled")
     parser.add_argument("--levers", action="store_true", help="ours without one lever after another, in place of peers")

@@ -246,6 +246,8 @@ def test_another_program_reads_the_same_figures(capsys: pytest.CaptureFixture[st
     assert main([*arguments, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert f"{plan['parameters']:,}" in printed
+    for part in plan["step_parts"]:
+        assert f"{1000 * part['seconds']:.1f} ms" in printed
     (eight,) = [row for row in plan["speeds"] if row["gpus"] == 8]
     assert seconds_per_step(printed, 8) == pytest.approx(eight["seconds_per_step"], abs=5e-5)
     assert plan["memory_bytes"]["total"] == sum(v for k, v in plan["memory_bytes"].items() if k != "total")

@@ -45,7 +45,7 @@ UNSUPPORTED: Mapping[str, Callable[[SamplingSettings], bool]] = {
     "prompt_lookup_tokens": lambda settings: settings.prompt_lookup_tokens > 0,
 }
 # Nobody is phoned, and vLLM's process starts afresh: a fork of a replica would hold its threads' locks.
-ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}
+ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 
 
 class VllmClient(Protocol):
@@ -85,6 +85,7 @@ def vllm_starter(settings: ServeConfig) -> StartBackend:
             places=places(settings),
             max_queue=settings.max_queue,
             cache_tokens=cache_bytes // cache_bytes_per_token(model.config, dtype),
+            spare_rows=model.vocab_size - tokenizer.vocab_size,
         )
 
     return start
@@ -137,6 +138,7 @@ class VllmEngine:
         places: int,
         max_queue: int,
         cache_tokens: int,
+        spare_rows: int = 0,
     ) -> None:
         self.client = client
         self.weights = weights
@@ -146,6 +148,8 @@ class VllmEngine:
         self.steps = 0  # answers of vLLM's, of a token or several
         self._parameters = parameters
         self._tokenizer = tokenizer
+        # A folder of somebody else's may have more rows than its tokenizer has tokens; those spell nothing.
+        self._allowed = list(range(tokenizer.vocab_size)) if spare_rows else None
         self._tickets: dict[str, Ticket] = {}
         self._groups: dict[str, SequenceGroup] = {}
         self._tasks: dict[str, list[asyncio.Task[None]]] = {}
@@ -255,8 +259,9 @@ class VllmEngine:
         request, settings = group.request, group.request.settings
         name = f"{request.request_id}-{text.candidate}"
         prompt = {"prompt_token_ids": request.prompt_tokens}
-        stop_tokens = [self._tokenizer.end_of_text, *settings.stop_tokens]
-        asked = self._parameters(**parameters_of(settings, text.candidate, text.seed, stop_tokens))
+        stop_tokens = sorted({*self._tokenizer.stop_tokens, *settings.stop_tokens})
+        named = parameters_of(settings, text.candidate, text.seed, stop_tokens)
+        asked = self._parameters(**named, allowed_token_ids=self._allowed)
         async with aclosing(self.client.generate(prompt, asked, name)) as answers:
             async for answer in answers:
                 self.steps += 1

@@ -233,19 +233,18 @@ def agreement(ours: list[int], theirs: list[int]) -> int:
     return same.index(False) if False in same else len(same)
 
 
-def http_overhead_milliseconds() -> float | None:
-    """What serve_http.py measures, in a process of its own; None where it cannot run."""
-    script = Path(__file__).with_name("serve_http.py")
-    done = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    if done.returncode:
-        return None
-    return json.loads(done.stdout.splitlines()[-1])["http_overhead_milliseconds"]
+def figures_of(script: str, *options: str) -> dict[str, Any] | None:
+    """What another benchmark here measures, in a process of its own; None where it cannot run."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return None if done.returncode else json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The engine beside transformers and llama.cpp.")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--vllm", help="a Python that has vLLM: 1 to 64 users over HTTP beside it (serve_users.py)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     missing: dict[str, str] = {}
@@ -328,7 +327,10 @@ def main() -> None:
         "memory_gigabytes_per_second": round(bandwidth / 1e9, 1),
         "missing": sorted(missing),
     }
-    figures["http_overhead_milliseconds"] = http_overhead_milliseconds()
+    over_http = figures_of("serve_http.py")
+    figures["http_overhead_milliseconds"] = over_http and over_http["http_overhead_milliseconds"]
+    if arguments.vllm:
+        figures["users_over_http"] = figures_of("serve_users.py", "--vllm", arguments.vllm)
     if llamas:
         best = max(rate[f"{name}, 1 user"] for name in llamas)
         figures["ratio_to_llama_cpp"] = round(one / best, 2)

@@ -151,7 +151,11 @@ def test_settings_have_vllms_names(client: FakeVllm) -> None:
     assert {name: given[name] for name in asked} == asked
     assert given["temperature"] == 0.7
     assert 0 <= given["seed"] < 2**63
-    assert given["stop_token_ids"] == [client.tokenizer.end_of_text, 9]
+    assert given["stop_token_ids"] == [9, client.tokenizer.end_of_text]
+    assert given["allowed_token_ids"] is None
+    spare = VllmEngine(client, dict, client.tokenizer, weights="", places=1, max_queue=1, cache_tokens=1, spare_rows=5)
+    asyncio.run(answer(spare))
+    assert client.parameters["a-0"]["allowed_token_ids"] == list(range(client.tokenizer.vocab_size))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ class Server:
         environment = os.environ | of_vllm | {"HF_HUB_OFFLINE": "1"}
         with log.open("w") as written:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=written, stderr=subprocess.STDOUT, env=environment
+                command, stdout=written, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
         self.log = log
         self.rates: dict[int, list[float]] = {}
@@ -58,8 +60,11 @@ class Server:
         raise RuntimeError(f"{self.name} did not come up: {self.log.read_text()[-1500:]}")
 
     def close(self) -> None:
-        self.process.terminate()
-        self.process.wait(30)
+        """End it with the processes that it has started."""
+        for end in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(self.process.pid, end)
+                self.process.wait(20)
 
 
 def free_port() -> int:
@@ -83,6 +88,7 @@ def serve_ours(folder: Path, port: int, backend: str, places: int) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         registry = make_registry(Path(temporary))
         client = mlflow.MlflowClient()
+        client.create_registered_model(registry.name)
         experiment = client.get_experiment_by_name("tiny")
         with mlflow.start_run(experiment_id=experiment.experiment_id) as run:
             mlflow.log_artifacts(str(folder), "model/artifacts/checkpoint")
@@ -150,6 +156,7 @@ def start_servers(options: argparse.Namespace, folder: Path, logs: Path) -> tupl
     command = [options.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--dtype", "bfloat16"]
     command += ["--served-model-name", "tiny", "--max-num-seqs", places, "--port", str(port), "--host", "127.0.0.1"]
     command += ["--kv-cache-memory-bytes", str(2**32), "--max-model-len", str(options.context)]
+    command += options.vllm_options.split()
     servers.append(Server("vllm", command, port, logs / "vllm.log"))
     if subprocess.run([options.vllm, "-c", NEEDED_BY_OURS], capture_output=True, check=False).returncode == 0:
         port = free_port()
@@ -163,6 +170,7 @@ def start_servers(options: argparse.Namespace, folder: Path, logs: Path) -> tupl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm", default=os.environ.get("VLLM_PYTHON"), help="a Python that has vLLM [$VLLM_PYTHON]")
+    parser.add_argument("--vllm-options", default="", help="more of its own, such as --enforce-eager")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--users", type=lambda text: [int(each) for each in text.split(",")], default=[1, 4, 16, 64])
     parser.add_argument("--requests", type=int, default=2, help="of each user in a round, one after the other")

@@ -51,9 +51,22 @@ class Command:
     sys.exit(command.main(lambda config, options: ...))
     """
 
-    def __init__(self, description: str | None, *, may_be_bare: bool = False) -> None:
-        """`may_be_bare`: the job means something without a preset and without settings."""
+    def __init__(
+        self,
+        description: str | None,
+        *,
+        may_be_bare: bool = False,
+        reads_start: bool = True,
+        only_calculates: bool = False,
+    ) -> None:
+        """`may_be_bare`: the job means something without a preset and without settings.
+
+        `reads_start`: it must know what `start.model` says of the model, and refuse settings that contradict.
+        `only_calculates`: where a start cannot be read, the preset's own settings of the model will do.
+        """
         self.may_be_bare = may_be_bare
+        self.reads_start = reads_start
+        self.only_calculates = only_calculates
         self.parser = make_parser(description)
         self.parser.add_argument("preset", nargs="?", help="a preset's name, such as demo, or a YAML file")
         self.parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings over the preset")
@@ -75,7 +88,7 @@ class Command:
         """Parse, load the config, call `run`; returns the exit status: 2 for what the user can mend."""
         set_environment()
         print_what_the_terminal_can()
-        from pipeline.config import describe_settings, load_config
+        from pipeline.config import build_config, describe_settings, read_settings
 
         self.parser.epilog = "settings, with their defaults:\n" + "\n".join(
             f"  {key:<36} {meaning} [{json.dumps(default)}]" for key, default, meaning in describe_settings()
@@ -98,10 +111,24 @@ class Command:
 
         def load_and_run() -> int | None:
             check_spaces(options.words)
-            return run(load_config(options.preset, words), options)
+            return run(build_config(self.read_start(read_settings(options.preset, words))), options)
 
         stopped = "Stopped. What was finished is kept; the same command goes on from there."
         return run_plainly(load_and_run, verbose=options.verbose, stopped=stopped)
+
+    def read_start(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Add what the start decides of the settings, where there is one."""
+        if not (self.reads_start and values.get("start.model")):
+            return values
+        from pipeline.training.start import resolve_start  # it loads torch
+
+        try:
+            return resolve_start(values)
+        except ValueError as error:
+            if not (self.only_calculates and "model.num_layers" in values):
+                raise
+            print(f"{error} What follows is calculated from the model.* settings that are given.\n")
+            return values
 
 
 def run_plainly(work: Callable[[], int | None], *, verbose: bool = False, stopped: str = "Stopped.") -> int:
@@ -316,7 +343,19 @@ def name_command(job: str, options: argparse.Namespace) -> str:
     words = [called[0], job] if len(called) == 2 else ["python", "-m", f"jobs.{job}"]
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         words = ["python", "-m", "jobs.submit", "--job", job]
-    return shlex.join([*words, *options.words])
+    extending = ["--extend"] if job in STAGES and getattr(options, "extend", False) else []
+    return shlex.join([*words, *options.words, *extending])
+
+
+def extend(config: "Config") -> "Config":
+    """Have the training go on from the finished run that it differs from in its steps or schedule alone."""
+    from pipeline import orchestrator
+    from pipeline.training.extend import find_finished
+
+    return find_finished(config, orchestrator.locate(config)["train"])
+
+
+EXTEND_HELP = "go on from a finished run that has fewer steps or another schedule, in its MLflow run"
 
 
 def run_stage(
@@ -332,6 +371,8 @@ def run_stage(
     """
 
     def run(config: "Config", options: argparse.Namespace) -> None:
+        if getattr(options, "extend", False):
+            config = extend(config)
         with ray_session(options.verbose):
             from pipeline import orchestrator
 
@@ -346,4 +387,6 @@ def run_stage(
     command.parser.add_argument("--again", action="store_true", help="do it again although it is done")
     for flag in flags:
         command.add_flag(*flag)
+    if stage not in ("tokenizer", "prepare"):
+        command.parser.add_argument("--extend", action="store_true", help=EXTEND_HELP)
     return command.main(run, argv)

@@ -1,6 +1,6 @@
 """Run the whole pipeline, from the tokenizer to the registry, and on request serve.
 
-    python -m jobs.pipeline jobs/presets/demo.yaml [section.key=value ...] [--from STAGE] [--serve]
+    python -m jobs.pipeline jobs/presets/demo.yaml [section.key=value ...] [--from STAGE] [--extend] [--serve]
 
 Stages that are done with these settings say so and are skipped.
 """
@@ -9,12 +9,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jobs.command import Command, name_command, ray_session, where_mlflow_shows
+from jobs.command import EXTEND_HELP, Command, extend, name_command, ray_session, where_mlflow_shows
 from pipeline.config import Config
 from pipeline.stages import STAGES
 
 
 def run(config: Config, options: argparse.Namespace) -> None:
+    if options.extend:
+        config = extend(config)
     with ray_session(options.verbose):
         from pipeline import orchestrator
 
@@ -34,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.parser.add_argument(
         "--from", dest="first", choices=STAGES, metavar="STAGE", help=f"re-run from this stage: {', '.join(STAGES)}"
     )
+    command.parser.add_argument("--extend", action="store_true", help=EXTEND_HELP)
     command.parser.add_argument("--serve", action="store_true", help="serve the champion afterwards, until Ctrl-C")
     return command.main(run, argv)
 

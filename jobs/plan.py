@@ -212,7 +212,7 @@ def describe_step(plan: Mapping[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    command = Command(__doc__)
+    command = Command(__doc__, only_calculates=True)
     command.parser.add_argument("--gpu", type=_gpu, default="h100", help="such as h100, a100-80gb, l40s [%(default)s]")
     command.parser.add_argument(
         "--mfu", type=_share, default=0.4, help="share of the peak that training reaches [%(default)s]"

@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ray_session(options.verbose):
             serve_until_stopped(config)
 
-    command = Command(__doc__)
+    command = Command(__doc__, reads_start=False)
     command.parser.add_argument(
         "--version", action="append", help="a version number or an alias, instead of the champion; may be repeated"
     )

@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.command import Command
+from jobs.command import EXTEND_HELP, Command
 from pipeline.presets import find_preset
 from pipeline.stages import STAGES
 
@@ -61,7 +61,7 @@ def run(config: "Config", options: argparse.Namespace) -> int:
         if checked != 0:
             print("error: The preflight failed; mend what it names, or give --skip-preflight.", file=sys.stderr)
             return 1
-    extra = ["--serve"] if options.serve else []
+    extra = [*(["--serve"] if options.serve else []), *(["--extend"] if options.extend else [])]
     if options.job == "generate":  # its first word is the prompt, not the preset
         arguments = [options.prompt, *(["--preset", *preset] if preset else []), *options.settings]
     job = submit(client, config, options.job, [*arguments, *extra])
@@ -224,10 +224,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Ray reads how to authenticate when it is imported, and a job's own defaults would come first.
     use_local_cluster(ROOT / "artifacts/cluster/environment")
     use_token()
-    command = Command(__doc__, may_be_bare=True)
+    command = Command(__doc__, may_be_bare=True, reads_start=False)
     add = command.parser.add_argument
     add("--job", choices=JOBS, default="pipeline", help="which job to run [%(default)s]")
     add("--serve", action="store_true", help="with the whole pipeline: serve the champion afterwards")
+    add("--extend", action="store_true", help=EXTEND_HELP)
     add("--prompt", metavar="TEXT", help="with --job generate: the text to go on with")
     add("--follow", metavar="JOB", help="print the log of a job that runs or has ended")
     add("--detach", action="store_true", help="do not follow the log")

@@ -13,6 +13,7 @@ import difflib
 import math
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -140,14 +141,32 @@ def read_mixed_source(words: str, whole: SourceConfig) -> MixedSource:
 
 
 @dataclass(frozen=True)
+class StartConfig:
+    model: str = setting(
+        "",
+        "weights to start from: a Hugging Face folder, local or s3://, hf://owner/name@revision, models:/name@alias or"
+        " models:/name/version; empty: random ones",
+        affects_result=False,  # what the fingerprints hold is the digest of its files
+    )
+    resolved: str = setting(
+        "", "the version, commit or folder that start.model meant; noted by itself", affects_result=False
+    )
+    digest: str = setting("", "of the start's files; noted by itself, checked where it is given", affects_result=False)
+
+
+@dataclass(frozen=True)
 class TokenizerConfig:
-    kind: str = setting("bpe", "bpe (trained on the corpus), char, or a name tiktoken knows, such as gpt2")
+    kind: str = setting(
+        "bpe",
+        "bpe (trained on the corpus), char, a name tiktoken knows, such as gpt2, or start: that of start.model, which"
+        " is the default with one",
+    )
     vocabulary_size: int = setting(8192, "for bpe and char: the number of tokens, special and byte tokens included")
     pattern: str = setting("gpt4", "for bpe: how text is split before merging: gpt2, gpt4 or a regular expression")
     sample_megabytes: int = setting(200, "for bpe and char: how much of the corpus is read to learn the vocabulary")
 
     def __post_init__(self) -> None:
-        kinds = ("bpe", "char", *NAMED_TOKENIZERS)
+        kinds = ("bpe", "char", "start", *NAMED_TOKENIZERS)
         require(self.kind in kinds, f"tokenizer.kind is {self.kind!r}; it can be {', '.join(kinds)}.")
         require(
             self.vocabulary_size >= 257,
@@ -214,6 +233,9 @@ class StreamConfig:
 class TrainConfig:
     run: str = setting("", "a fixed name for the run's folder; empty: named by its fingerprint", affects_result=False)
     steps: int = setting(1000, "optimizer steps")
+    extends: str = setting(
+        "", "the fingerprint of a finished run to go on from; --extend finds it and sets this", added_later=True
+    )
     batch_tokens: int = setting(262_144, "tokens per optimizer step, over all workers: a multiple of the context")
     micro_batch_sequences: int = setting(
         16, "sequences a worker holds in memory at once; less saves memory", affects_result=False
@@ -442,6 +464,7 @@ class Config:
     storage: str = setting("artifacts", "the storage root: a local folder or s3://bucket/prefix", affects_result=False)
     seed: int = setting(1337, "seeds the weights, the dropout and the order of the data")
     source: SourceConfig = field(default_factory=SourceConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -463,7 +486,12 @@ class Config:
             f"storage is {self.storage!r}; use a local folder or s3://bucket/prefix.",
         )
         require(0 <= self.seed < 2**63, "seed must be at least 0 and below 2^63.")
-        self._check_lengths()
+        require(
+            self.tokenizer.kind != "start" or self.start.model,
+            "tokenizer.kind=start is the tokenizer of start.model, which is empty; name the weights to start from.",
+        )
+        if not self.start.model or self.start.digest:  # else the context is still to be read from the start
+            self._check_lengths()
 
     def _check_lengths(self) -> None:
         """What must fit the context, said before the stages that come first have run."""
@@ -495,8 +523,14 @@ class Config:
 def load_config(preset: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a preset over the defaults, then `section.key=value` overrides over the preset.
 
+    What `start.model` says of the model is not in it: that is `load_started_config` of training/start.py.
     Raises `ValueError` with one sentence that names the setting, and a suggestion where one is near.
     """
+    return build_config(read_settings(preset, overrides))
+
+
+def read_settings(preset: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the settings that are given, by their dotted keys; those of `overrides` replace those of the preset."""
     values: dict[str, Any] = {}
     if preset is not None:
         path = find_preset(preset)
@@ -511,6 +545,11 @@ def load_config(preset: str | Path | None, overrides: list[str] | tuple[str, ...
         key, equals, given = override.partition("=")
         require(bool(equals), f"{override!r} is not a setting; write section.key=value.")
         values[key.strip()] = _read(key.strip(), given)
+    return values
+
+
+def build_config(values: Mapping[str, Any]) -> Config:
+    """Put settings over the defaults, and check them all."""
     sections: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         section, _, name = key.rpartition(".")

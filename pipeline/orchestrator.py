@@ -14,7 +14,7 @@ from pipeline import lease, tracking
 from pipeline.artifacts import Artifact, Manifest, Recipe, artifact_at, describe_difference, is_disk_full
 from pipeline.config import Config
 from pipeline.corpus.files import fingerprint_source
-from pipeline.stages import STAGES
+from pipeline.stages import READ_START, STAGES
 
 SAME_OUTAGE_SECONDS = 60.0  # a failure so soon after MLflow's answer belongs to the outage before it
 
@@ -23,7 +23,8 @@ class StageModule(Protocol):
     """What a stage's module offers.
 
     One whose result also lives elsewhere has `still_holds(config, manifest) -> bool` besides; one that makes several
-    artifacts has `parts(config, inputs) -> list[Artifact]`.
+    artifacts has `parts(config, inputs) -> list[Artifact]`; one that knows what to do about a result of other settings
+    has `advise(artifact) -> str`.
     """
 
     FORMAT_VERSION: int
@@ -41,18 +42,30 @@ def locate(config: Config) -> dict[str, Artifact]:
     """Name the artifact of the source and of each stage for this config; reads the source's listing, writes nothing."""
     source_fingerprint = fingerprint_source(config.source)
     artifacts = {"source": artifact_at(config.storage, config.name, "source", source_fingerprint)}
+    if config.start.model:
+        assert config.start.digest, "load_started_config finds out what start.model means"
+        artifacts["start"] = artifact_at(config.storage, config.name, "start", config.start.digest)
     for stage in STAGES:
         artifacts[stage] = name_output(stage, config, artifacts)
     return artifacts
 
 
+def inputs_of(stage: str, config: Config) -> tuple[str, ...]:
+    """Name what a stage reads: the start only where there is one, and for the tokenizer only if it is the start's."""
+    reads_start = stage in READ_START and (stage != "tokenizer" or config.tokenizer.kind == "start")
+    return (*STAGES[stage], *(["start"] if config.start.model and reads_start else []))
+
+
 def name_output(stage: str, config: Config, artifacts: Mapping[str, Artifact]) -> Artifact:
     """Name what a stage will make of these artifacts, with the recipe for it."""
     module = module_of(stage)
-    inputs = {name: artifacts[name].fingerprint for name in STAGES[stage]}
+    inputs = {name: artifacts[name].fingerprint for name in inputs_of(stage, config)}
     recipe = Recipe(module.FORMAT_VERSION, module.settings(config), inputs)
-    folder = config.train.run if stage == "train" else ""
-    return artifact_at(config.storage, config.name, stage, recipe.fingerprint(stage), folder, recipe)
+    fingerprint, folder = recipe.fingerprint(stage), ""
+    if stage == "train" and config.train.run:
+        # One that goes on from a run of this name lies beside it.
+        folder = f"{config.train.run}-{fingerprint[:8]}" if config.train.extends else config.train.run
+    return artifact_at(config.storage, config.name, stage, fingerprint, folder, recipe)
 
 
 def run(
@@ -73,7 +86,7 @@ def run(
     manifests: dict[str, Manifest] = {}
     again = is_asked = False
     with lease.hold(config.storage, config.name) as held:
-        for stage, names in STAGES.items():
+        for stage in STAGES:
             again = again or stage == first
             if only not in (None, stage):
                 continue
@@ -83,7 +96,7 @@ def run(
             if manifest is not None:
                 report(f"{stage:<9} done already: {artifact.url}")
             else:
-                inputs = {name: artifacts[name] for name in names}
+                inputs = {name: artifacts[name] for name in inputs_of(stage, config)}
                 _check_inputs(stage, inputs)
                 if only is None and not is_asked:
                     # Training needs it: without this hours of preparing come before that sentence.
@@ -131,7 +144,7 @@ def _parts(stage: str, config: Config, inputs: Mapping[str, Artifact]) -> list[A
 
 def _check_inputs(stage: str, inputs: Mapping[str, Artifact]) -> None:
     for name, artifact in inputs.items():
-        if name != "source" and not artifact.is_done:
+        if name in STAGES and not artifact.is_done:
             raise ValueError(
                 f"{stage} needs the {name} stage with these settings, which is not done;"
                 f" run python -m jobs.{name} (or jobs.pipeline) first."
@@ -143,10 +156,11 @@ def _finished(stage: str, config: Config, artifact: Artifact) -> Manifest | None
     if found is None:
         return None
     if found.fingerprint != artifact.fingerprint:
+        advise: Callable[[Artifact], str] = getattr(module_of(stage), "advise", lambda _: "")
         raise ValueError(
             f"The run {artifact.url} was made with another config:"
             f" {describe_difference(found.settings, artifact.recipe.settings)}"
-            f" Give it another name (train.run), or delete that folder."
+            f" Give it another name (train.run), or delete that folder. {advise(artifact)}".rstrip()
         )
     # The registry, where register's result also lives, may have lost it, or a mix one of its sources.
     holds: Callable[[Config, Manifest], bool] | None = getattr(module_of(stage), "still_holds", None)

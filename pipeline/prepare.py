@@ -10,6 +10,7 @@ import hashlib
 import io
 import posixpath
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,8 +25,8 @@ import pyarrow.parquet as pq
 import ray
 from fsspec.implementations.local import LocalFileSystem
 
-from model.chat import CHAT_TEMPLATE, TEMPLATE_FILE, ChatTemplate, open_template
-from model.tokenizer import FILES, TOKENIZER_FILE, Tokenizer, parse_tokenizer
+from model.chat import CHAT_TEMPLATE, TEMPLATE_FILE, ChatTemplate, load_template, open_template
+from model.tokenizer import Tokenizer, load_tokenizer
 from pipeline.artifacts import MANIFEST, Artifact, FileRecord, Manifest, Recipe, artifact_at
 from pipeline.config import Config, result_settings
 from pipeline.corpus import card, cleaning, conversations
@@ -90,7 +91,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
         slice_bytes=slice_bytes,
         partitions=1 + sum(slice_.text_bytes for slice_ in found) // PARTITION_BYTES,
         val_below=int(config.prepare.validation_fraction * 2**64),
-        chat_template=CHAT_TEMPLATE if is_talk else "",
+        chat_template=load_template_of(inputs["tokenizer"]).text if is_talk else "",
         most_tokens=config.model.context_length + 1 if is_talk else 0,  # the last one is a target only
     )
     there = output.list_files()
@@ -166,7 +167,7 @@ def _run_mix(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -
     counts = card.sum_counts([manifest.counts for manifest in manifests]) | {MIX: note_members(members)}
     files = {}
     if config.source.holds_conversations:
-        files[TEMPLATE_FILE] = output.write_text(TEMPLATE_FILE, CHAT_TEMPLATE)
+        files[TEMPLATE_FILE] = output.write_text(TEMPLATE_FILE, load_template_of(inputs["tokenizer"]).text)
     lengths = [
         tokens_per_epoch(member.shards, manifest, config.model.context_length)
         for member, manifest in zip(members, manifests, strict=True)
@@ -331,7 +332,7 @@ def _encode(
     if not plan.chat_template:
         yield from ((text, ids, None) for text, ids in zip(documents, tokenizer.encode_all(documents), strict=True))
         return
-    template = _open_template(plan.chat_template, tuple(tokenizer.template_names.items()))
+    template = load_template_of(plan.tokenizer)
     for text in documents:
         found = conversations.encode_conversation(text, tokenizer, template, plan.most_tokens)
         if isinstance(found, str):
@@ -428,19 +429,20 @@ def _merge(plan: PreparePlan, name: str, parts: list[str]) -> tuple[str, FileRec
 
 def load_tokenizer_of(artifact: Artifact) -> Tokenizer:
     """Load an artifact's tokenizer, once per process."""
-    return _load_tokenizer(artifact.url, artifact)
+    return _load(artifact.url, artifact)[0]
 
 
-@lru_cache(maxsize=1)
-def _open_template(text: str, special_tokens: tuple[tuple[str, str], ...]) -> ChatTemplate:
-    return open_template(text, dict(special_tokens))
+def load_template_of(artifact: Artifact) -> ChatTemplate:
+    """The chat template that came with an artifact's tokenizer from a start, or ours."""
+    return _load(artifact.url, artifact)[1]
 
 
 @lru_cache(maxsize=2)
-def _load_tokenizer(url: str, artifact: Artifact) -> Tokenizer:
-    manifest = artifact.manifest()
-    names = [TOKENIZER_FILE] if manifest is None else [name for name in manifest.files if name in FILES]
-    return parse_tokenizer({name: artifact.read_bytes(name) for name in names}, where=url)
+def _load(url: str, artifact: Artifact) -> tuple[Tokenizer, ChatTemplate]:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = artifact.download(Path(temporary))
+        tokenizer = load_tokenizer(folder)
+        return tokenizer, load_template(folder) or open_template(CHAT_TEMPLATE, tokenizer.template_names)
 
 
 PREPARE = Task("prepare", ".unit.json", prepare_unit)

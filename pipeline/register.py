@@ -110,6 +110,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
             "num_parameters": str(trained.counts["num_parameters"]),
             "bits_per_byte": figure,
             PROBE_TAG: f"{evaluated.counts[PROBE_TAG]:.5f}",
+            **trained.counts.get("start", {}),  # the weights that it began with, and the run that made those
         }
         version = log_version(config, client, inputs["train"], trained, run_id, tags, card)
     else:  # the same weights: what is known of them is added to, never replaced

@@ -14,3 +14,6 @@ STAGES: dict[str, tuple[str, ...]] = {
     "evaluate": ("tokenizer", "prepare", "train"),
     "register": ("tokenizer", "prepare", "train", "evaluate"),
 }
+
+# Which of them also read the weights that a training starts from, where there is such a `start`.
+READ_START = ("tokenizer", "train")

@@ -1,24 +1,28 @@
-"""Stage 1: the tokenizer, trained on a sample of the corpus or fetched by name."""
+"""Stage 1: the tokenizer, trained on a sample of the corpus, fetched by name, or the one that a start has."""
 
 import dataclasses
 import queue
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from model.pattern import PATTERNS, check_pattern
-from model.tokenizer import NAMED_TOKENIZERS, Tokenizer, build_char, named_tokenizer, train_bpe
-from pipeline.artifacts import Artifact, Manifest
+from model.tokenizer import NAMED_TOKENIZERS, Tokenizer, build_char, load_tokenizer, named_tokenizer, train_bpe
+from pipeline.artifacts import Artifact, FileRecord, Manifest
 from pipeline.config import Config, SourceConfig, TokenizerConfig, result_settings
 from pipeline.corpus.files import Listing, Slice, listing_of, slices
 from pipeline.corpus.formats import SAMPLE_SLICE_BYTES, sample_documents
 from pipeline.corpus.omissions import Omissions, warn
 from pipeline.corpus.progress import Progress
+from pipeline.training.origins import TOKENIZER_FILES
+from pipeline.training.start import fetch_start, store_start
 
 FORMAT_VERSION = 1
 MEASURED_BYTES = 5_000_000  # of the sample, by which the vocabulary is measured
@@ -27,8 +31,8 @@ REPORTED_CHARACTERS = 1_000_000  # that are read between two steps of the progre
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """What decides the vocabulary; a named one has nothing else."""
-    if config.tokenizer.kind in NAMED_TOKENIZERS:
+    """What decides the vocabulary; a named one has nothing else, and a start's is among the inputs."""
+    if config.tokenizer.kind in (*NAMED_TOKENIZERS, "start"):
         return {"kind": config.tokenizer.kind}
     return result_settings(config.tokenizer)
 
@@ -37,9 +41,12 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
     """Make the tokenizer on one worker, where its memory belongs, and store its files."""
     if config.tokenizer.kind == "bpe":
         check_pattern(_pattern(config.tokenizer))  # here, before any text is read
+    start = inputs.get("start")
+    if start is not None:
+        store_start(config, start)
     began = time.monotonic()
     listing = listing_of(config.source)
-    learned = _make_on_a_worker(config, listing)
+    learned = _make_on_a_worker(config, listing, start)
     tokenizer: Tokenizer = learned.tokenizer
     bytes_per_token = learned.sample_bytes / max(learned.sample_tokens, 1)
     if learned.sample_bytes:
@@ -51,7 +58,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
     if reasons := learned.omissions.reasons(listing):
         print(f"tokenizer of {learned.omissions.read:,} documents in the sample: {reasons}", flush=True)
     warn("tokenizer", learned.omissions.warnings(listing))
-    files = {name: output.write_text(name, content) for name, content in tokenizer.files().items()}
+    files = _copy_files(start, output) if start is not None else {}
+    if start is None:
+        files = {name: output.write_text(name, content) for name, content in tokenizer.files().items()}
     return output.commit(
         counts={
             "name": tokenizer.name,
@@ -64,6 +73,15 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
     )
 
 
+def _copy_files(start: Artifact, output: Artifact) -> dict[str, FileRecord]:
+    """Take over all that the start says of its tokenizer, its chat template too."""
+    manifest = start.manifest()
+    assert manifest is not None
+    return {
+        name: output.write_bytes(name, start.read_bytes(name)) for name in TOKENIZER_FILES if name in manifest.files
+    }
+
+
 @dataclass(frozen=True)
 class Learned:
     """A tokenizer, and how well it did on (the start of) what it was learned from."""
@@ -74,7 +92,7 @@ class Learned:
     omissions: Omissions
 
 
-def _make_on_a_worker(config: Config, listing: Listing) -> Learned:
+def _make_on_a_worker(config: Config, listing: Listing, start: Artifact | None) -> Learned:
     sources = [part.source for part in config.source.parts()] or [config.source]
     found = [(source, slices(source, SAMPLE_SLICE_BYTES, listing_of(source))) for source in sources]
     text_bytes = sum(slice_.text_bytes for _, of_source in found for slice_ in of_source)
@@ -82,7 +100,8 @@ def _make_on_a_worker(config: Config, listing: Listing) -> Learned:
     unread = Listing(ignored=listing.ignored)
     answer: int | Learned = 0
     with Progress("tokenizer", total, silent_seconds=5) as progress:
-        references: Any = _make.remote(config.tokenizer, found, unread)  # Ray's types know no streams
+        # Ray's types know no streams.
+        references: Any = _make.remote(config.tokenizer, start, found, unread)
         for reference in references:
             answer = ray.get(reference)
             if isinstance(answer, int):
@@ -93,12 +112,12 @@ def _make_on_a_worker(config: Config, listing: Listing) -> Learned:
 
 @ray.remote(num_cpus=1, num_returns="streaming")
 def _make(
-    chosen: TokenizerConfig, found: list[tuple[SourceConfig, list[Slice]]], unread: Listing
+    chosen: TokenizerConfig, start: Artifact | None, found: list[tuple[SourceConfig, list[Slice]]], unread: Listing
 ) -> Iterator[int | Learned]:
     """Yield how many bytes more were read, now and then, and the tokenizer at last."""
     amounts: queue.SimpleQueue[int] = queue.SimpleQueue()
     with ThreadPoolExecutor(max_workers=1) as pool:
-        learned = pool.submit(_learn, chosen, _Sample(found, unread, amounts.put))
+        learned = pool.submit(_learn, chosen, start, _Sample(found, unread, amounts.put))
         while not learned.done():
             try:
                 yield amounts.get(timeout=0.5)
@@ -107,9 +126,13 @@ def _make(
         yield learned.result()
 
 
-def _learn(chosen: TokenizerConfig, sample: "_Sample") -> Learned:
+def _learn(chosen: TokenizerConfig, start: Artifact | None, sample: "_Sample") -> Learned:
     measured_bytes = MEASURED_BYTES
-    if chosen.kind in NAMED_TOKENIZERS:
+    if start is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = load_tokenizer(fetch_start(start, Path(folder), weights=False))
+        measured_bytes = MEASURED_BYTES_IF_NAMED
+    elif chosen.kind in NAMED_TOKENIZERS:
         tokenizer = named_tokenizer(chosen.kind)
         measured_bytes = MEASURED_BYTES_IF_NAMED
     else:

@@ -12,25 +12,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from model.chat import TEMPLATE_FILE
+from model.checkpoint import TRAINING_STATE
 from model.tokenizer import load_tokenizer
 from pipeline import tracking
-from pipeline.artifacts import Artifact, FileRecord, Manifest, describe_difference
+from pipeline.artifacts import MANIFEST, Artifact, FileRecord, Manifest, describe_difference
 from pipeline.config import Config, result_settings, to_yaml
 from pipeline.corpus.mixing import MIX
 from pipeline.evaluation.exam import choose_exam
 from pipeline.evaluation.model_card import README, Facts, write_card
 from pipeline.evaluation.tasks import parse_entries
 from pipeline.training.checkpoints import CheckpointStore
+from pipeline.training.extend import RUN_FILE, begin_from, suggest
+from pipeline.training.history import FILE as HISTORY
 from pipeline.training.history import History
 from pipeline.training.launch import launch
 from pipeline.training.plan import TrainingPlan, plan_training
 from pipeline.training.samples import check_prompts
+from pipeline.training.start import store_start
 from pipeline.training.tracker import Tracker
 
 FORMAT_VERSION = 1
-RUN_FILE = "run.json"  # which MLflow run and which settings an unfinished training belongs to
-EXPORTED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+# What of a checkpoint's folder is no part of the model.
+NOT_EXPORTED = (TRAINING_STATE, HISTORY, MANIFEST)
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -45,6 +48,8 @@ def settings(config: Config) -> dict[str, Any]:
 
 def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Manifest:
     """Train to the last step, resuming where an earlier run of the same settings stopped."""
+    if "start" in inputs:
+        store_start(config, inputs["start"])
     check_inputs(config, inputs)
     exam = choose_exam(config.train.evaluate_tasks, config.train.evaluate_tasks_items)
     facts = open_run(config, inputs, output)
@@ -66,6 +71,11 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
         raise
     tracking.close_run(plan.mlflow_run_id, "FINISHED")
     return manifest
+
+
+def advise(output: Artifact) -> str:
+    """Say what can be done about a finished run of other settings."""
+    return suggest(output)
 
 
 def check_inputs(config: Config, inputs: Mapping[str, Artifact]) -> None:
@@ -103,7 +113,8 @@ def open_run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -
     """Note the run before it starts, or read the note of the one to resume; refuses to resume with other settings."""
     wanted = settings(config)
     known: dict[str, Any] = {}
-    if output.exists(RUN_FILE):
+    is_new = not output.exists(RUN_FILE)
+    if not is_new:
         known = json.loads(output.read_text(RUN_FILE))
         if known["fingerprint"] != output.fingerprint:
             raise ValueError(
@@ -111,44 +122,66 @@ def open_run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -
                 f" {describe_difference(known['settings'], wanted)}"
                 " Give this one another name (train.run), or delete that folder."
             )
+    elif config.train.extends:
+        known = begin_from(config, output)
+    elif suggestion := suggest(output):
+        print(f"train     begins anew. {suggestion}", flush=True)
     try:
         tracking_uri = tracking.connect(config)
         run_id = tracking.open_run(
             config,
             known.get("mlflow_run_id"),
             name=output.url.rpartition("/")[2],
-            data={"tokenizer": inputs["tokenizer"], "prepare": inputs["prepare"]},
+            data={name: artifact for name, artifact in inputs.items() if name in ("tokenizer", "prepare", "start")},
             facts={"artifact": output.url, "fingerprint": output.fingerprint},
         )
     except ValueError as error:
-        if "mlflow_run_id" not in known:
+        if is_new:
             raise
         print(f"{error} Training goes on, and MLflow gets the rest when it is back.", flush=True)
         return known | {"tracking_uri": tracking.address(config)}
-    if run_id != known.get("mlflow_run_id"):
+    if is_new or run_id != known["mlflow_run_id"]:
+        tags = describe_start(config, inputs)
+        if "extended" in known:
+            tags["extended"] = known["extended"]
         known = {
             "mlflow_run_id": run_id,
             "fingerprint": output.fingerprint,
             "settings": wanted,
+            "inputs": dict(output.recipe.inputs),
             "started": known.get("started", time.time()),
         }
         output.write_text(RUN_FILE, json.dumps(known, indent=1))
         with Tracker(tracking_uri, run_id) as tracker:
+            tracker.log_tags(tags)
             tracker.log_text("config.yaml", to_yaml(config))
             tracker.flush(timeout_seconds=30)
     return known | {"tracking_uri": tracking_uri}
 
 
+def describe_start(config: Config, inputs: Mapping[str, Artifact]) -> dict[str, str]:
+    """What links a training with the weights that it began with, for MLflow and the registry; empty without any."""
+    if "start" not in inputs:
+        return {}
+    manifest = inputs["start"].manifest()
+    assert manifest is not None
+    facts = {"start": config.start.resolved, "start_digest": inputs["start"].fingerprint}
+    return facts | ({"start_run_id": manifest.counts["run_id"]} if manifest.counts["run_id"] else {})
+
+
 def finish(config: Config, plan: TrainingPlan, result: dict[str, Any]) -> Manifest:
     """Put the best checkpoint and the loss plot where the next stages look, close the MLflow run, mark it done."""
     output = plan.output
+    start = describe_start(config, {} if plan.start is None else {"start": plan.start})
     store = CheckpointStore(output, config.train.keep_checkpoints)
     best = store.best()
     assert best is not None, "the last step is always evaluated and kept"
     files: dict[str, FileRecord] = {}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = store.fetch(best, Path(folder) / best)
-        for name in (*EXPORTED, *([TEMPLATE_FILE] if plan.chat_template else [])):
+        for name in sorted(
+            path.name for path in checkpoint.iterdir() if path.is_file() and path.name not in NOT_EXPORTED
+        ):
             place, path = f"checkpoint/{name}", checkpoint / name
             is_large = path.suffix == ".safetensors"  # small ones are copied: a person may edit them
             files[place] = output.keep_file(place, path) if is_large else output.write_bytes(place, path.read_bytes())
@@ -166,6 +199,7 @@ def finish(config: Config, plan: TrainingPlan, result: dict[str, Any]) -> Manife
         "skipped_steps": history.skipped_steps,
         "seconds": history.seconds,
         "precision": history.precision,
+        **({"start": start} if start else {}),
     }
     shards = plan.shards.manifest()
     assert shards is not None

@@ -41,10 +41,10 @@ class TrainingPlan:
     shards: Artifact
     tokenizer: Artifact
     output: Artifact
-    vocab_size: int
+    vocab_size: int  # rows of the embedding; the tokenizer of a start may have fewer tokens
     bytes_per_token: float  # of what is learnt of the training split: turns nats per token into bits per byte
     chat_template: str = ""  # of shards that hold conversations; checkpoints carry it
-    start: str = ""  # a Hugging Face folder that every worker can read, for the first weights; empty: random ones
+    start: Artifact | None = None  # a Hugging Face folder with the first weights; None: random ones
     exam: Exam | None = None
     tracking_uri: str = ""
     mlflow_run_id: str = ""  # empty: nothing goes to MLflow
@@ -64,6 +64,7 @@ def plan_training(
     """Plan the training that a config describes, on the shards and with the tokenizer among `inputs`."""
     shards = inputs["prepare"].manifest()
     assert shards is not None
+    start = None if "start" not in inputs else inputs["start"].manifest()
     return TrainingPlan(
         name=config.name,
         seed=config.seed,
@@ -74,8 +75,9 @@ def plan_training(
         shards=inputs["prepare"],
         tokenizer=inputs["tokenizer"],
         output=output,
-        vocab_size=shards.counts["vocabulary_size"],
+        vocab_size=(start or shards).counts["vocabulary_size"],
         bytes_per_token=bytes_per_target(members_of(inputs["prepare"])),
+        start=inputs.get("start"),
         chat_template=inputs["prepare"].read_text(TEMPLATE_FILE) if TEMPLATE_FILE in shards.files else "",
         exam=exam,
         tracking_uri=tracking_uri,

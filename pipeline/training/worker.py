@@ -22,9 +22,11 @@ from safetensors.torch import load_file
 from model.chat import save_template
 from model.checkpoint import (
     WEIGHTS,
+    crop_positions,
     export_weights,
     import_weights,
     load_training_state,
+    read_weights,
     save_training_state,
     write_model,
 )
@@ -47,6 +49,7 @@ from pipeline.training.report import BadLoss, Evaluation, Report
 from pipeline.training.resources import set_compile_threads, set_threads
 from pipeline.training.samples import write_samples
 from pipeline.training.scratch import make_scratch, remove_abandoned
+from pipeline.training.start import fetch_start, keep_companions
 from pipeline.training.validation import Validation, open_validation, score_held_out
 
 logger = logging.getLogger(__name__)
@@ -93,18 +96,22 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
     stream = open_stream(plan, pin_memory=device.type == "cuda")
     tokenizer = load_tokenizer(plan.tokenizer.download(scratch / "tokenizer"))
 
-    # model: as it was in the newest whole checkpoint, or as it starts
+    # model: as it was in the newest whole checkpoint, or in the start, or random
     torch.manual_seed(plan.seed)
-    model = GPT(plan.model, tokenizer.vocab_size)
+    model = GPT(plan.model, plan.vocab_size)
     model.restarts_positions = bool(plan.chat_template)  # a conversation is learnt as it will be served: alone
     if rank == 0:
         store.remove_unfinished()
     newest = agreement.from_rank_0(lambda: store.newest(scratch))
     resumed = None if newest is None else store.fetch(newest, scratch / newest)
     history = History() if resumed is None else History.load(resumed)
-    first_weights = resumed or (Path(plan.start) if plan.start else None)
-    if first_weights is not None:
-        import_weights(model, load_file(first_weights / WEIGHTS), str(first_weights))
+    start = None
+    if plan.start is not None:
+        start = fetch_start(plan.start, scratch / "start", weights=resumed is None)
+    if resumed is not None:
+        import_weights(model, load_file(resumed / WEIGHTS), str(resumed))
+    elif start is not None:
+        import_weights(model, crop_positions(read_weights(start), plan.model), str(start))
     model.to(device)
     history.precision = agreement.from_rank_0(lambda: keep_precision(history.precision, options.precision, device))
     precision = getattr(torch, history.precision)
@@ -167,7 +174,7 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
             if report is not None:
                 frozen = report.freeze()
                 counts = {"bits_per_byte": bits_per_byte}
-                write = partial(write_checkpoint, plan, tokenizer, weights, state, frozen)
+                write = partial(write_checkpoint, plan, tokenizer, start, weights, state, frozen)
                 wish = agreement.save_wish
 
                 def write_and_tell() -> None:
@@ -283,13 +290,16 @@ def score_validation(
 def write_checkpoint(
     plan: TrainingPlan,
     tokenizer: Tokenizer,
+    start: Path | None,
     weights: dict[str, torch.Tensor],
     state: dict[str, Any],
     history: History,
     folder: Path,
 ) -> None:
     """Fill a checkpoint's folder: what `transformers` reads, and what a resume needs beside it."""
-    write_model(folder, plan.model, tokenizer.vocab_size, weights, tokenizer)
+    write_model(folder, plan.model, plan.vocab_size, weights, tokenizer)
+    if start is not None:
+        keep_companions(start, folder, plan.model.context_length)
     if plan.chat_template:
         save_template(folder, plan.chat_template)
     save_training_state(folder, state)

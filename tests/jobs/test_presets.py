@@ -26,6 +26,7 @@ def test_a_preset_loads(preset: Path, tmp_path: Path) -> None:
         ("gpt-53m-char", 32_172, 53_175_468, 0.001),
         ("gpt2-124m", 50_257, 124_439_808, 0.0),
         ("gpt-100m", 16_384, 12 * (4 * 768**2 + 3 * 768 * 2048 + 2 * 768 + 2 * 128) + 768 + 2 * 16_384 * 768, 0.0),
+        ("smollm2-135m-chat", 49_152, 134_515_008, 0.0),
     ],
 )
 def test_the_model_has_the_parameters_of_its_reference(

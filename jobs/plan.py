@@ -28,6 +28,7 @@ def calculate(config: "Config", options: argparse.Namespace) -> dict[str, Any]:
     """All figures of the plan, by name, with their units."""
     from model.budget import estimate_memory, estimate_step, orthogonalisation_flops
     from model.gpt import count_parameters, flops_per_token
+    from model.lora import count_adapter
     from model.roofline import BANDWIDTH_SHARE, launch_seconds, roofline
     from pipeline.training.memory import advise_out_of_memory
 
@@ -35,7 +36,8 @@ def calculate(config: "Config", options: argparse.Namespace) -> dict[str, Any]:
     vocab_size = config.tokenizer.most_tokens
     parameters = count_parameters(model, vocab_size)
     tokens = train.steps * train.batch_tokens
-    flops = flops_per_token(model, vocab_size)
+    trained = parameters if train.lora is None else count_adapter(model, train.lora)
+    flops = flops_per_token(model, vocab_size, is_frozen=train.lora is not None)
     embedding = vocab_size * model.width
     head = 0 if model.tie_embeddings else embedding
     shards = train.fewest_workers if train.sharding == "fsdp" else 1
@@ -47,6 +49,7 @@ def calculate(config: "Config", options: argparse.Namespace) -> dict[str, Any]:
         activation_bytes=2 if train.precision != "float32" else 4,
         recompute=train.recompute_activations,
         shards=shards,
+        lora=train.lora,
     )
     usable_bytes = int(0.9e9 * gpu.memory_gigabytes)  # the rest is the driver's, and lost between allocations
     fits = memory.total < usable_bytes
@@ -72,6 +75,7 @@ def calculate(config: "Config", options: argparse.Namespace) -> dict[str, Any]:
             flops_per_second=options.mfu * gpu.flops_per_second,
             devices=devices,
             bytes_per_second=NETWORK_SHARE * nominal,
+            lora=train.lora,
         )
         seconds = step.compute + step.exposed
         rows.append(
@@ -91,6 +95,7 @@ def calculate(config: "Config", options: argparse.Namespace) -> dict[str, Any]:
         "width": model.width,
         "vocabulary_size": vocab_size,
         "parameters": parameters,
+        "trained_parameters": trained,
         "embedding_parameters": embedding,
         "head_parameters": head,
         "other_parameters": parameters - embedding - head,
@@ -144,7 +149,11 @@ def describe(config: "Config", plan: Mapping[str, Any]) -> None:
     print(f"  all else          {plan['other_parameters']:>16,}")
     print(f"tokens              {plan['tokens']:>16,}  = {train.steps:,} steps x {train.batch_tokens:,};"
           f" {plan['tokens_per_parameter']:.1f} per parameter")  # fmt: skip
-    print(f"FLOPs per token     {plan['flops_per_token']:>16,}  = 6 per matrix weight + 12 L H D T (PaLM, appendix B)")
+    trained, per_weight = plan["trained_parameters"], "6 per matrix weight"
+    if train.lora is not None:
+        per_weight = "4 per matrix weight, which stays,"
+        print(f"trained             {trained:>16,}  = {trained / parameters:.2%}: factors of rank {train.lora_rank}")
+    print(f"FLOPs per token     {plan['flops_per_token']:>16,}  = {per_weight} + 12 L H D T (PaLM, appendix B)")
     print(f"FLOPs in all        {plan['flops']:>16.3g}")
 
     holder = f"one GPU of {shards} that share the model" if shards > 1 else "one GPU"
@@ -179,7 +188,7 @@ def describe(config: "Config", plan: Mapping[str, Any]) -> None:
         )
     else:
         traffic = (
-            f"DDP sums {4 * parameters / 1e6:,.0f} MB of gradients in every step by ring all-reduce, in buckets of"
+            f"DDP sums {4 * trained / 1e6:,.0f} MB of gradients in every step by ring all-reduce, in buckets of"
             f" {BUCKET_MEGABYTES} MB.\nBuckets are sent while the backward pass goes on; a step waits for the last one"
         )
     per_node, link = plan["gpus_per_node"], plan["bytes_per_second_within_a_node"]

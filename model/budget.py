@@ -6,7 +6,9 @@ All of it is calculation from the settings; nothing here is measured.
 import math
 from dataclasses import dataclass
 
+from model.config import LoraSettings
 from model.gpt import CHUNK_LOGITS, DEFAULT_CHUNK_LOGITS, ModelConfig, block_parameters, count_parameters
+from model.lora import count_adapter
 from model.optimizer import POLAR_EXPRESS, OptimizerConfig
 from model.training import BUCKET_MEGABYTES
 
@@ -37,16 +39,20 @@ def estimate_memory(
     shards: int = 1,
     shares: int = 1,
     device: str = "cuda",
+    lora: LoraSettings | None = None,
 ) -> Memory:
     """Peak of one training step: float32 weights, gradients and moments; activations in `activation_bytes` each.
 
     With `recompute` each block keeps its input, and one block at a time computes the rest again. `shards` is the number
     of ranks over which FSDP2 divides weights, gradients and moments. `shares` is the number of threads that share a
-    micro-batch on a CPU (`SharedLoss`); each has its own gradients, copies and logits.
+    micro-batch on a CPU (`SharedLoss`); each has its own gradients, copies and logits. With `lora` only the adapter has
+    gradients and moments.
     """
     parameters = count_parameters(model, vocab_size)
+    adapter = 0 if lora is None else count_adapter(model, lora)
+    trained = adapter or parameters
     matrices = model.num_layers * block_parameters(model)[0]
-    moments = matrices + 2 * (parameters - matrices) if optimizer.kind == "muon" else 2 * parameters
+    moments = matrices + 2 * (parameters - matrices) if optimizer.kind == "muon" else 2 * trained
     head = vocab_size * model.width
     if shards > 1:
         # Gathered while in use: two blocks, because the next one is fetched meanwhile, and what belongs to no block.
@@ -61,12 +67,12 @@ def estimate_memory(
     limit = CHUNK_LOGITS.get(device, DEFAULT_CHUNK_LOGITS)
     chunk = min(tokens // shares, max(limit // vocab_size, 128)) * vocab_size
     return Memory(
-        weights=4 * parameters // shards + shares * copies,
-        gradients=4 * shares * parameters // shards,
+        weights=4 * (parameters + adapter) // shards + shares * copies,
+        gradients=4 * shares * trained // shards,
         optimizer=4 * moments // shards,
         activations=tokens * kept * activation_bytes,
         # One chunk's logits, their float32 copy and their gradient, and the head's gradient as it adds up.
-        logits=shares * (chunk * (4 + 2 * activation_bytes) + 4 * head),
+        logits=shares * (chunk * (4 + 2 * activation_bytes) + (0 if adapter else 4 * head)),
     )
 
 
@@ -118,6 +124,7 @@ def estimate_step(
     devices: int,
     bytes_per_second: float,
     latency_seconds: float = 20e-6,
+    lora: LoraSettings | None = None,
 ) -> StepTime:
     """Estimate a step of `flops` divided over `devices` with DDP; `flops_per_second` is what one device reaches.
 
@@ -125,7 +132,7 @@ def estimate_step(
     as they are full. The backward pass is two thirds of the arithmetic; the last bucket is full only at its end.
     Muon orthogonalises 1/n of the matrices on each, then all gather the bfloat16 results.
     """
-    parameters = count_parameters(model, vocab_size)
+    parameters = count_parameters(model, vocab_size) if lora is None else count_adapter(model, lora)  # with gradients
     matrices = model.num_layers * block_parameters(model)[0]
     muon = orthogonalisation_flops(model) if optimizer.kind == "muon" else 0
     compute = (flops + muon) / devices / flops_per_second

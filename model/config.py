@@ -191,3 +191,16 @@ class OptimizerConfig:
             require(0 <= getattr(self, name) < 1, f"optimizer.{name} must be at least 0 and below 1.")
         for name in ("decay_fraction", "final_ratio"):
             require(0 <= getattr(self, name) <= 1, f"optimizer.{name} must lie between 0 and 1.")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """How large the factors are, how much they count, and beside which matrices they stand."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = ()  # ends of Hugging Face's names, such as q_proj; none: every matrix of the blocks
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank

@@ -5,7 +5,7 @@ for text in stream_text(model, tokenizer, "Once upon", SamplingSettings(max_toke
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from model.chat import ChatTemplate, Message, encode, render, turn_ends
 from model.engine import Engine, EngineSettings
@@ -47,6 +47,40 @@ def stream_text(
                     yield chunk.text
     finally:
         model.train(was_training)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote, and whether it ended by itself."""
+
+    text: str
+    has_ended: bool
+
+
+def complete_all(
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], settings: SamplingSettings, at_a_time: int = 4
+) -> list[Completion]:
+    """Complete every prompt, given as tokens; none goes beyond the context. Few at a time bound the cache."""
+    was_training = model.training
+    texts = [""] * len(prompts)
+    reasons = [""] * len(prompts)
+    try:
+        places = EngineSettings(
+            max_batch_size=at_a_time, max_queue=max(len(prompts), 1), weights="as_is", backend="torch"
+        )
+        engine = Engine(model, tokenizer, places)
+        for number, prompt in enumerate(prompts):
+            room = min(settings.max_tokens, engine.context_length - len(prompt))
+            engine.add(GenerationRequest(str(number), prompt, replace(settings, max_tokens=room)))
+        while engine.has_work:
+            for chunk in engine.step():
+                if chunk.finish_reason == "error":
+                    raise RuntimeError(chunk.error)
+                texts[int(chunk.request_id)] += chunk.text
+                reasons[int(chunk.request_id)] = chunk.finish_reason or ""
+    finally:
+        model.train(was_training)
+    return [Completion(text, reason == "stop") for text, reason in zip(texts, reasons, strict=True)]
 
 
 class Correspondent:

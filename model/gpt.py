@@ -342,7 +342,7 @@ class GPT(nn.Module):
 
     def flops_per_token(self) -> int:
         """Training FLOPs per token; see `flops_per_token`."""
-        return flops_per_token(self.config, self.vocab_size)
+        return flops_per_token(self.config, self.vocab_size, is_frozen=not self.embedding.weight.requires_grad)
 
     def matrices(self) -> Iterator[tuple[str, nn.Parameter, tuple[int, ...]]]:
         """The blocks' 2-D weights with the heights of the matrices stacked in each, for Muon."""
@@ -404,15 +404,16 @@ def block_parameters(config: ModelConfig) -> tuple[int, int]:
     return attention + mlps * config.width * config.mlp_channels, others
 
 
-def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
+def flops_per_token(config: ModelConfig, vocab_size: int, is_frozen: bool = False) -> int:
     """Count the FLOPs of forward and backward pass per token, as PaLM does (appendix B).
 
     6 for each weight of a matrix product, the head's among them, and 12 L H D T for attention as if it were not causal.
-    Embedding rows are looked up, not multiplied.
+    Embedding rows are looked up, not multiplied. 4 for each weight that is frozen and gets no gradient; adapters beside
+    them are too small to count.
     """
     matrices = config.num_layers * block_parameters(config)[0] + vocab_size * config.width
     attention = 12 * config.num_layers * config.num_heads * config.channels_per_head * config.context_length
-    return 6 * matrices + attention
+    return (4 if is_frozen else 6) * matrices + attention
 
 
 TILE_TOKENS = 128  # rows that matrix units take at a time: a chunk of 1,334 tokens costs them as much as one of 1,408
@@ -465,7 +466,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             cast_weight = weight.to(dtype)
             hidden_gradient = torch.empty_like(hidden, dtype=dtype)
-            weight_gradient = torch.zeros_like(weight, dtype=torch.float32)  # many chunks add up in it
+            is_learnt = ctx.needs_input_grad[1]  # not where the head is frozen
+            weight_gradient = torch.zeros_like(
+                weight if is_learnt else weight[:0], dtype=torch.float32
+            )  # chunks add up
             total = torch.zeros((), device=hidden.device, dtype=torch.float32)
             for start in range(0, len(hidden), chunk_tokens):
                 part = hidden[start : start + chunk_tokens].to(dtype)
@@ -473,16 +477,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 nats, gradient = chunk_gradient(part @ cast_weight.t(), target, vocab_size)
                 total += nats
                 torch.mm(gradient, cast_weight, out=hidden_gradient[start : start + chunk_tokens])
-                add_product(weight_gradient, gradient.t(), part)
+                if is_learnt:
+                    add_product(weight_gradient, gradient.t(), part)
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         by_hidden = (hidden_gradient * upstream[0]).to(ctx.hidden_dtype)
-        by_weight = (weight_gradient * upstream[0]).to(ctx.weight_dtype)
+        by_weight = (weight_gradient * upstream[0]).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
         return by_hidden, by_weight, None, None, None, None
 
 

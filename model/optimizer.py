@@ -49,7 +49,8 @@ class Optimizer:
         self.config = config
         self.total_steps = total_steps
         self.step_taken = -1
-        self.parameters = dict(model.named_parameters())  # a tied head counts once, as the embedding
+        # A tied head counts once, as the embedding. What is frozen, as all but an adapter is, gets no step.
+        self.parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self.muon: Muon | None = None
         matrices = {name: (weight, sections) for name, weight, sections in model.matrices()}
         if config.kind == "muon":

@@ -21,7 +21,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from model.config import ModelConfig, OptimizerConfig
+from model.config import LoraSettings, ModelConfig, OptimizerConfig
 from model.settings import read_value, require, setting
 from model.tokenizer import NAMED_TOKENIZERS
 from pipeline.presets import YamlWriter, find_preset, read_preset
@@ -247,6 +247,15 @@ class TrainConfig:
         "in which gradients travel between workers: float32, or bfloat16 for half the bytes",
         added_later=True,
     )
+    lora_rank: int = setting(
+        0, "train low-rank factors of this rank beside the start's weights, which stay; 0 trains all", added_later=True
+    )
+    lora_alpha: float = setting(32.0, "with lora_rank: factors count lora_alpha / lora_rank", added_later=True)
+    lora_targets: list[str] = setting(
+        [],
+        "with lora_rank: which matrices, such as [q_proj,v_proj] or [c_attn]; empty: all of the blocks",
+        added_later=True,
+    )
     compile: bool = setting(False, "torch.compile the model: slower to start, faster to run", affects_result=False)
     cuda_graphs: bool = setting(
         False, "on one GPU: launch each micro-batch as one graph", affects_result=False, added_later=True
@@ -281,6 +290,21 @@ class TrainConfig:
     evaluate_tasks_items: int = setting(
         200, "items asked of each task, always the same: chosen by a hash", affects_result=False
     )
+    answer_questions: int = setting(
+        16,
+        "held-out questions answered at each evaluation, to see how many answers end by themselves; 0: none",
+        affects_result=False,
+        added_later=True,
+    )
+    answer_tokens: int = setting(
+        128, "tokens within which such an answer must end", affects_result=False, added_later=True
+    )
+    base_text: str = setting(
+        "",
+        "a prepare folder of the start's own text, scored beside the answers: what is forgotten",
+        affects_result=False,
+        added_later=True,
+    )
     checkpoint_every_steps: int = setting(
         500, "steps between checkpoints; 0 leaves it to the minutes", affects_result=False
     )
@@ -313,7 +337,7 @@ class TrainConfig:
         for name in ("steps", "batch_tokens", "micro_batch_sequences", "evaluate_every_steps", "log_every_steps"):
             require(getattr(self, name) > 0, f"train.{name} must be positive.")
         not_negative = ("evaluation_tokens", "checkpoint_every_steps", "checkpoint_every_minutes", "threads_per_worker")
-        for name in (*not_negative, "resize_seconds", "evaluate_tasks_every_steps"):
+        for name in (*not_negative, "resize_seconds", "evaluate_tasks_every_steps", "answer_questions"):
             require(getattr(self, name) >= 0, f"train.{name} cannot be negative.")
         require(self.evaluate_tasks_items > 0, "train.evaluate_tasks_items must be positive.")
         require(
@@ -321,9 +345,12 @@ class TrainConfig:
             "train.evaluate_tasks needs train.sharding=ddp: of a model that is shared out no worker can ask alone."
             " evaluate.tasks asks the finished one.",
         )
+        require(self.answer_tokens > 0, "train.answer_tokens must be positive.")
         require(self.keep_checkpoints >= 1, "train.keep_checkpoints must be at least 1.")
         require(self.sample_tokens > 0, "train.sample_tokens must be positive.")
         require(self.cpus_per_worker > 0, "train.cpus_per_worker must be positive.")
+        require(self.lora_rank >= 0, "train.lora_rank cannot be negative; 0 trains all weights.")
+        require(0 < self.lora_alpha < math.inf, "train.lora_alpha must be a positive number.")
         require(self.max_restarts >= -1, "train.max_restarts must be -1 or more.")
         _check_choice("train.precision", self.precision, ("auto", "float32", "bfloat16"))
         _check_choice("train.gradient_precision", self.gradient_precision, ("float32", "bfloat16"))
@@ -340,6 +367,10 @@ class TrainConfig:
             len(workers) == 2 and 0 < workers[0] <= workers[1],
             f"train.num_workers is {self.num_workers!r}; use a positive number or [least, most].",
         )
+
+    @property
+    def lora(self) -> LoraSettings | None:
+        return LoraSettings(self.lora_rank, self.lora_alpha, tuple(self.lora_targets)) if self.lora_rank else None
 
     @property
     def fewest_workers(self) -> int:
@@ -360,6 +391,10 @@ class EvaluateConfig:
     batch_sequences: int = setting(16, "sequences scored at once", affects_result=False)
     prompts: list[str] = setting(["The ", "In the year", "She said"], "what the model completes for its samples")
     sample_tokens: int = setting(100, "tokens in each sample")
+    answer_questions: int = setting(
+        64, "held-out questions answered, to see how many answers end by themselves; 0: none", added_later=True
+    )
+    answer_tokens: int = setting(256, "tokens within which such an answer must end", added_later=True)
     tasks: list[str] = setting(
         [],
         "tasks: blimp, lambada_openai, arc_easy, hellaswag, piqa, wikitext2, name=file, or a file of your own",
@@ -370,6 +405,8 @@ class EvaluateConfig:
         require(self.max_tokens >= 0, "evaluate.max_tokens cannot be negative.")
         require(self.batch_sequences > 0, "evaluate.batch_sequences must be positive.")
         require(self.sample_tokens > 0, "evaluate.sample_tokens must be positive.")
+        require(self.answer_questions >= 0, "evaluate.answer_questions cannot be negative.")
+        require(self.answer_tokens > 0, "evaluate.answer_tokens must be positive.")
 
 
 GATES = ("better", "not_worse", "always")
@@ -489,6 +526,14 @@ class Config:
         require(
             self.tokenizer.kind != "start" or self.start.model,
             "tokenizer.kind=start is the tokenizer of start.model, which is empty; name the weights to start from.",
+        )
+        require(
+            self.train.lora is None or self.start.model,
+            "train.lora_rank trains factors beside weights that stay; name them in start.model.",
+        )
+        require(
+            self.train.lora is None or self.optimizer.kind == "adamw",
+            "train.lora_rank trains factors with AdamW, as Muon is for whole matrices; set optimizer.kind=adamw.",
         )
         if not self.start.model or self.start.digest:  # else the context is still to be read from the start
             self._check_lengths()

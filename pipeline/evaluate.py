@@ -12,7 +12,11 @@ from typing import Any
 
 import mlflow
 import ray
+import torch
 
+from model.chat import TEMPLATE_FILE, ChatTemplate, load_template
+from model.gpt import GPT
+from model.tokenizer import Tokenizer
 from model.training import LossModule, choose_precision
 from pipeline import tracking
 from pipeline.artifacts import Artifact, FileRecord, Manifest
@@ -23,16 +27,18 @@ from pipeline.evaluation.spread import Place, ask, load
 from pipeline.evaluation.tasks import load_task, parse_entries
 from pipeline.registry import PROBE_TAG, measure_probe
 from pipeline.training.resources import set_threads, wants_gpu, worker_resources
-from pipeline.training.samples import write_samples
-from pipeline.training.validation import Validation, open_validation, score_held_out
+from pipeline.training.samples import share_that_ends, write_samples
+from pipeline.training.validation import HeldOut, Validation, find_questions, open_validation, score_held_out
 
 FORMAT_VERSION = 1
+GROUPED = (("base", "bits_per_byte"), ("answers", "ended"))  # figures of evaluation.json that MLflow has too
 FIRST_TAG = "evaluation"  # of a training's run: the fingerprint of the evaluation whose figures are its headline
 
 
 def settings(config: Config) -> dict[str, Any]:
     parse_entries(config.evaluate.tasks)  # asked for before anything runs: a wrong name is known now
-    return result_settings(config.evaluate) | {"seed": config.seed}
+    base = {"base_text": config.train.base_text} if config.train.base_text else {}
+    return result_settings(config.evaluate) | {"seed": config.seed} | base
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Manifest:
@@ -59,6 +65,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
     contents = {"evaluation.json": text.encode(), **pictures}
     files |= {name: output.write_bytes(name, content) for name, content in contents.items()}
     figures = {"bits_per_byte": result["bits_per_byte"], "loss": result["loss"]}
+    figures |= {f"{group}/{name}": result[group][name] for group, name in GROUPED if group in result}
     figures |= {f"{name}/bits_per_byte": each["bits_per_byte"] for name, each in result.get("sources", {}).items()}
     figures |= report.name_metrics(result.get("tasks", {}))
     log_evaluation(tracking.find_run(config, inputs["train"]), output.fingerprint, figures, contents)
@@ -118,7 +125,8 @@ def score_checkpoint(config: Config, train: Artifact, shards: Artifact, device: 
     score = validation.score
     if score.num_bytes == 0:
         raise ValueError("The validation split holds no text to score; raise prepare.validation_fraction or add text.")
-    samples = write_samples(model, tokenizer, options.prompts, options.sample_tokens, config.seed, precision)
+    template = load_template_of(train) if holds_conversations(shards) else None
+    samples = write_samples(model, tokenizer, options.prompts, options.sample_tokens, config.seed, precision, template)
     return {
         "bits_per_byte": score.bits_per_byte,
         "loss": score.nats_per_token,
@@ -126,9 +134,33 @@ def score_checkpoint(config: Config, train: Artifact, shards: Artifact, device: 
         "tokens": score.tokens,
         "bytes": score.num_bytes,
         **({"sources": describe_sources(validation)} if validation.sources else {}),
+        **({"base": {"bits_per_byte": validation.base.bits_per_byte}} if validation.base is not None else {}),
+        **count_ends(config, model, tokenizer, held_out, precision),
         PROBE_TAG: measure_probe(model, tokenizer),  # what serving compares with before it takes a version over
         "samples": [{"prompt": prompt, "text": text} for prompt, text in samples.items()],
     }
+
+
+def load_template_of(train: Artifact) -> ChatTemplate | None:
+    """Open the chat template that a training's checkpoint carries."""
+    manifest = train.manifest()
+    assert manifest is not None
+    records = {f"checkpoint/{name}" for name in (TEMPLATE_FILE, "tokenizer_config.json")} & manifest.files.keys()
+    with tempfile.TemporaryDirectory() as folder:
+        train.download(Path(folder), {name: manifest.files[name] for name in records})
+        return load_template(Path(folder) / "checkpoint")
+
+
+def count_ends(
+    config: Config, model: GPT, tokenizer: Tokenizer, held_out: list[HeldOut], precision: torch.dtype
+) -> dict[str, Any]:
+    """Answer held-out questions, and say how many answers end by themselves; empty where there are no questions."""
+    options = config.evaluate
+    questions = find_questions(held_out, options.answer_questions, options.answer_tokens)
+    if not questions:
+        return {}
+    ended = share_that_ends(model, tokenizer, questions, options.answer_tokens, config.seed, precision)
+    return {"answers": {"questions": len(questions), "ended": ended}}
 
 
 def describe_sources(validation: Validation) -> dict[str, dict[str, float]]:

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from model.chat import TEMPLATE_FILE, open_template
 from model.checkpoint import TRAINING_STATE
+from model.lora import count_adapter
 from model.tokenizer import load_tokenizer
 from pipeline import tracking
 from pipeline.artifacts import MANIFEST, Artifact, FileRecord, Manifest, describe_difference
@@ -30,6 +32,7 @@ from pipeline.training.plan import TrainingPlan, plan_training
 from pipeline.training.samples import check_prompts
 from pipeline.training.start import store_start
 from pipeline.training.tracker import Tracker
+from pipeline.training.validation import open_base_text
 
 FORMAT_VERSION = 1
 # What of a checkpoint's folder is no part of the model.
@@ -85,8 +88,10 @@ def check_inputs(config: Config, inputs: Mapping[str, Artifact]) -> None:
     assert shards is not None
     assert tokenizer is not None
     context_length, batch_tokens = config.model.context_length, config.train.batch_tokens
-    with tempfile.TemporaryDirectory() as folder:
-        loaded = load_tokenizer(inputs["tokenizer"].download(Path(folder)))
+    with tempfile.TemporaryDirectory() as temporary:
+        loaded = load_tokenizer(inputs["tokenizer"].download(Path(temporary)))
+    if config.train.lora is not None:
+        count_adapter(config.model, config.train.lora)  # refuses targets that this model has not
     counts = shards.counts
     if counts["tokenizer_digest"] != loaded.digest or counts["vocabulary_size"] != loaded.vocab_size:
         raise ValueError(
@@ -101,12 +106,17 @@ def check_inputs(config: Config, inputs: Mapping[str, Artifact]) -> None:
         )
     if counts["val"]["tokens"] < 2 or counts["val"]["bytes"] == 0:
         raise ValueError("The corpus has no held-out text: raise prepare.validation_fraction, or add text.")
+    if config.train.base_text:
+        open_base_text(config.train.base_text, loaded.digest)
+    template = None
+    if TEMPLATE_FILE in shards.files:
+        template = open_template(inputs["prepare"].read_text(TEMPLATE_FILE), loaded.template_names)
     # Those of the evaluation too: it comes after all the work of the training.
     for key, prompts, num_tokens in (
         ("train.sample_prompts", config.train.sample_prompts, config.train.sample_tokens),
         ("evaluate.prompts", config.evaluate.prompts, config.evaluate.sample_tokens),
     ):
-        check_prompts(loaded, key, prompts, num_tokens, context_length)
+        check_prompts(loaded, key, prompts, num_tokens, context_length, template)
 
 
 def open_run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> dict[str, Any]:
@@ -179,9 +189,8 @@ def finish(config: Config, plan: TrainingPlan, result: dict[str, Any]) -> Manife
     files: dict[str, FileRecord] = {}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = store.fetch(best, Path(folder) / best)
-        for name in sorted(
-            path.name for path in checkpoint.iterdir() if path.is_file() and path.name not in NOT_EXPORTED
-        ):
+        found = (path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file())
+        for name in sorted(name for name in found if name not in NOT_EXPORTED):
             place, path = f"checkpoint/{name}", checkpoint / name
             is_large = path.suffix == ".safetensors"  # small ones are copied: a person may edit them
             files[place] = output.keep_file(place, path) if is_large else output.write_bytes(place, path.read_bytes())

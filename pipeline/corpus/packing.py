@@ -202,6 +202,23 @@ class ConversationValidation:
         ordered = chosen[np.argsort(found.places[chosen], kind="stable")]
         self._window = arrange(Ring(opened), arrays, found, ordered, rows, None)
 
+    def questions(self, most: int, room: int) -> list[list[int]]:
+        """Return what stands before the first answer of `most` conversations at most, evenly spaced.
+
+        Each leaves `room` tokens of the context, or so many as it has beyond half of it.
+        """
+        found, arrays = self._window.conversations, self._window.arrays
+        longest = max(self.context_length - room, self.context_length // 2)
+        questions = []
+        for number in range(len(found.start)):
+            start, places = int(found.start[number]), int(found.places[number])
+            marked = arrays[found.shard[number]][start : start + places + 1]
+            length = int(np.argmax(marked >= LEARNT))
+            if 0 < length <= longest:
+                questions.append((marked[:length] & TOKEN_BITS).tolist())
+        chosen = np.linspace(0, len(questions) - 1, min(most, len(questions))).round().astype(int)
+        return [questions[at] for at in chosen]
+
     def batches(self, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Yield this rank's batches; each rank's share differs from the others' by at most one row."""
         num_rows = len(self._window.learnt)

@@ -22,6 +22,7 @@ class History:
     best_bits_per_byte: float = math.inf
     training: list[list[float]] = field(default_factory=list)  # points of (step, nats per token)
     validation: list[list[float]] = field(default_factory=list)  # points of (step, nats per token, bits per byte)
+    base: list[list[float]] = field(default_factory=list)  # points of (step, bits per byte of the base's text)
     seconds: dict[str, float] = field(default_factory=dict)  # wall clock by activity
     saved: float = 0.0  # Unix time
     restarts: list[dict[str, Any]] = field(default_factory=list)
@@ -40,13 +41,18 @@ class History:
         return History(**json.loads(json.dumps(asdict(self))))
 
     def draw(self, name: str) -> bytes:
-        return draw_loss(self.training, self.validation, title=f"{name}, step {self.step:,}")
+        return draw_loss(self.training, self.validation, self.base, title=f"{name}, step {self.step:,}")
 
     def note_score(self, nats_per_token: float, bits_per_byte: float) -> None:
         """Add an evaluation; all ranks do, since all must know which checkpoint is the best."""
         self.validation.append([self.step, nats_per_token, bits_per_byte])
         if self.step > 0 and bits_per_byte < self.best_bits_per_byte:
             self.best_bits_per_byte, self.best_step = bits_per_byte, self.step
+
+    def note_base(self, bits_per_byte: float) -> float:
+        """Add what the base's text costs now; return by how much more that is than at first."""
+        self.base.append([self.step, bits_per_byte])
+        return bits_per_byte - self.base[0][1]
 
     def skipped_in_a_row(self) -> int:
         """How many steps up to the last skipped one were skipped without one between them that was not."""

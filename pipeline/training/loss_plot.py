@@ -8,8 +8,10 @@ from typing import Any
 Curve = Sequence[Sequence[float]]  # points that begin with (step, nats per token)
 
 
-def draw_loss(training: Curve, validation: Curve, *, title: str) -> bytes:
+def draw_loss(training: Curve, validation: Curve, base: Curve = (), *, title: str) -> bytes:
     """Return a PNG; a validation point goes on with bits per byte, which the axis on the right reads.
+
+    `base` holds points of (step, bits per byte) of the text that a fine-tuning may forget.
 
     The two scales differ by a factor that is exact for the held-out text and nearly so for the training text.
     """
@@ -32,6 +34,11 @@ def draw_loss(training: Curve, validation: Curve, *, title: str) -> bytes:
         to_bits = validation[-1][2] / validation[-1][1]
         right = axes.secondary_yaxis("right", functions=(_times(to_bits), _times(1 / to_bits)))
         right.set_ylabel("bits per byte")
+        if base:
+            steps, bits = _columns(base)
+            label = f"base text ({bits[-1]:.3f} bits per byte)"
+            axes.plot(steps, [each / to_bits for each in bits], color="green", linestyle="--", label=label)
+            axes.legend(loc="upper right")
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()

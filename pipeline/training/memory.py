@@ -29,6 +29,7 @@ def explain_out_of_memory(error: BaseException, plan: TrainingPlan, device: torc
         shards=world_size if options.sharding == "fsdp" else 1,
         shares=count_shares(torch.get_num_threads(), sequences, plan.model.dropout) if alone else 1,
         device=device.type,
+        lora=options.lora,
     )
     if device.type == "cuda":
         device_bytes = torch.cuda.get_device_properties(device).total_memory

@@ -46,6 +46,7 @@ class TrainingPlan:
     chat_template: str = ""  # of shards that hold conversations; checkpoints carry it
     start: Artifact | None = None  # a Hugging Face folder with the first weights; None: random ones
     exam: Exam | None = None
+    base: str = ""  # what the start was called, for whoever reads an adapter
     tracking_uri: str = ""
     mlflow_run_id: str = ""  # empty: nothing goes to MLflow
     started: float = field(default_factory=time.time)  # Unix time of the run's first start, restarts included
@@ -78,6 +79,7 @@ def plan_training(
         vocab_size=(start or shards).counts["vocabulary_size"],
         bytes_per_token=bytes_per_target(members_of(inputs["prepare"])),
         start=inputs.get("start"),
+        base=config.start.resolved,
         chat_template=inputs["prepare"].read_text(TEMPLATE_FILE) if TEMPLATE_FILE in shards.files else "",
         exam=exam,
         tracking_uri=tracking_uri,

@@ -36,6 +36,8 @@ class Evaluation:
 
     validation: Validation
     weight_norm: float
+    forgotten: float | None  # bits per byte that the base's text costs more than at first
+    ended: float | None  # share of the answers that ended by themselves
     samples: dict[str, str]  # prompt -> continuation
 
 
@@ -103,11 +105,20 @@ class Report:
             "weights/norm": evaluation.weight_norm,
             **{f"validation/{name}/bits_per_byte": each.bits_per_byte for name, each in sources.items()},
         }
+        base = evaluation.validation.base
+        if base is not None and evaluation.forgotten is not None:
+            metrics |= {"base/bits_per_byte": base.bits_per_byte, "base/forgotten": evaluation.forgotten}
+        if evaluation.ended is not None:
+            metrics["answers/ended"] = evaluation.ended
         self._tracker.log_metrics(metrics, history.step)
         self._gauges.show(metrics, history.step)
         words = f"step {history.step:,}: {score.bits_per_byte:.4f} bits per byte on held-out text"
         if sources:
             words += f" ({', '.join(f'{name} {each.bits_per_byte:.4f}' for name, each in sources.items())})"
+        if base is not None:
+            words += f"; base text {base.bits_per_byte:.4f} ({evaluation.forgotten:+.4f})"
+        if evaluation.ended is not None:
+            words += f"; {evaluation.ended:.0%} of the answers end by themselves"
         self._say(words + " (the best so far)" * (history.step == history.best_step > 0))
         if evaluation.samples:
             text = "\n\n".join(f"[{prompt}]{continuation}" for prompt, continuation in evaluation.samples.items())

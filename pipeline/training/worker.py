@@ -18,8 +18,9 @@ import ray.train
 import ray.train.torch
 import torch
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 
-from model.chat import save_template
+from model.chat import open_template, save_template
 from model.checkpoint import (
     WEIGHTS,
     crop_positions,
@@ -32,6 +33,7 @@ from model.checkpoint import (
 )
 from model.gpt import GPT
 from model.gpu_steps import use_flash_attention
+from model.lora import ADAPTER_FOLDER, adapt, export_adapter, import_adapter, load_adapter, merge, save_adapter
 from model.optimizer import Optimizer, build_optimizer
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.training import LossModule, StepMeasures, choose_precision, parallelize, train_step
@@ -47,10 +49,10 @@ from pipeline.training.machine import name_precision
 from pipeline.training.plan import TrainingPlan
 from pipeline.training.report import BadLoss, Evaluation, Report
 from pipeline.training.resources import set_compile_threads, set_threads
-from pipeline.training.samples import write_samples
+from pipeline.training.samples import share_that_ends, write_samples
 from pipeline.training.scratch import make_scratch, remove_abandoned
 from pipeline.training.start import fetch_start, keep_companions
-from pipeline.training.validation import Validation, open_validation, score_held_out
+from pipeline.training.validation import HeldOut, find_questions, open_validation, score_held_out
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +97,7 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
     # data: batch `step` is the same whatever the number of workers, and whatever happened before
     stream = open_stream(plan, pin_memory=device.type == "cuda")
     tokenizer = load_tokenizer(plan.tokenizer.download(scratch / "tokenizer"))
+    template = open_template(plan.chat_template, tokenizer.template_names) if plan.chat_template else None
 
     # model: as it was in the newest whole checkpoint, or in the start, or random
     torch.manual_seed(plan.seed)
@@ -106,12 +109,17 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
     resumed = None if newest is None else store.fetch(newest, scratch / newest)
     history = History() if resumed is None else History.load(resumed)
     start = None
+    lora = options.lora
     if plan.start is not None:
-        start = fetch_start(plan.start, scratch / "start", weights=resumed is None)
-    if resumed is not None:
+        start = fetch_start(plan.start, scratch / "start", weights=resumed is None or lora is not None)
+    if resumed is not None and lora is None:
         import_weights(model, load_file(resumed / WEIGHTS), str(resumed))
     elif start is not None:
         import_weights(model, crop_positions(read_weights(start), plan.model), str(start))
+    if lora is not None:
+        adapt(model, lora)  # a checkpoint's weights are merged, so it goes on from the start's and the factors
+        if resumed is not None:
+            import_adapter(model, load_adapter(resumed / ADAPTER_FOLDER), str(resumed))
     model.to(device)
     history.precision = agreement.from_rank_0(lambda: keep_precision(history.precision, options.precision, device))
     precision = getattr(torch, history.precision)
@@ -145,15 +153,20 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
         """Score the val split on all ranks; rank 0 writes samples and reports."""
         with clock.during("evaluation"):
             scored = module if strategy == "fsdp" else LossModule(model)
-            validation = score_validation(plan, scored, tokenizer, precision, rank, world_size)
-            score = validation.score
+            held_out = open_held_out(plan)
+            validation = score_held_out(
+                scored, held_out, tokenizer.byte_lengths, precision=precision, rank=rank, world_size=world_size
+            )
+            if isinstance(module, FSDPModule):
+                module.reshard()  # after a pass without gradients the outermost weights stay gathered
+            score, base = validation.score, validation.base
             history.note_score(score.nats_per_token, score.bits_per_byte)
+            forgotten = None if base is None else history.note_base(base.bits_per_byte)
             norm = weight_norm(model)
             if report is not None:
                 # What is sharded, one rank alone cannot ask for an answer.
-                prompts = options.sample_prompts if strategy != "fsdp" else []
-                samples = write_samples(model, tokenizer, prompts, options.sample_tokens, plan.seed, precision)
-                report.evaluated(Evaluation(validation, norm, samples))
+                samples, ended = ({}, None) if strategy == "fsdp" else ask_model(held_out)
+                report.evaluated(Evaluation(validation, norm, forgotten, ended, samples))
             gc.collect()
         return score.bits_per_byte
 
@@ -165,16 +178,27 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
                 if report is not None:
                     report.examined(figures, lines)
 
+    def ask_model(held_out: list[HeldOut]) -> tuple[dict[str, str], float | None]:
+        """Return the samples, and the share of held-out questions whose answer ends by itself; None without any."""
+        samples = write_samples(
+            model, tokenizer, options.sample_prompts, options.sample_tokens, plan.seed, precision, template
+        )
+        questions = find_questions(held_out, options.answer_questions, options.answer_tokens)
+        if not questions:
+            return samples, None
+        return samples, share_that_ends(model, tokenizer, questions, options.answer_tokens, plan.seed, precision)
+
     def save(bits_per_byte: float | None) -> None:
         """Copy what a resume needs; it is written while training goes on."""
         if report is None and strategy != "fsdp":
             return  # what is sharded, all ranks gather
         with clock.during("checkpoint"):
             weights, state = export_weights(model), {"optimizer": optimizer.state_dict()}
+            adapter = export_adapter(model)
             if report is not None:
                 frozen = report.freeze()
                 counts = {"bits_per_byte": bits_per_byte}
-                write = partial(write_checkpoint, plan, tokenizer, start, weights, state, frozen)
+                write = partial(write_checkpoint, plan, tokenizer, start, weights, adapter, state, frozen)
                 wish = agreement.save_wish
 
                 def write_and_tell() -> None:
@@ -264,26 +288,14 @@ def keep_precision(before: str, setting: str, device: torch.device) -> str:
     return before or here
 
 
-def score_validation(
-    plan: TrainingPlan,
-    module: torch.nn.Module,
-    tokenizer: Tokenizer,
-    precision: torch.dtype,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Validation:
-    """Score the val split on all ranks; every rank returns the same."""
-    options = plan.train
-    held_out = open_validation(
+def open_held_out(plan: TrainingPlan) -> list[HeldOut]:
+    return open_validation(
         plan.shards,
         plan.model,
-        options,
+        plan.train,
         plan.stream,
-        batch_sequences=options.micro_batch_sequences,
-        max_tokens=options.evaluation_tokens,
-    )
-    return score_held_out(
-        module, held_out, tokenizer.byte_lengths, precision=precision, rank=rank, world_size=world_size
+        batch_sequences=plan.train.micro_batch_sequences,
+        max_tokens=plan.train.evaluation_tokens,
     )
 
 
@@ -292,11 +304,18 @@ def write_checkpoint(
     tokenizer: Tokenizer,
     start: Path | None,
     weights: dict[str, torch.Tensor],
+    adapter: dict[str, torch.Tensor],
     state: dict[str, Any],
     history: History,
     folder: Path,
 ) -> None:
-    """Fill a checkpoint's folder: what `transformers` reads, and what a resume needs beside it."""
+    """Fill a checkpoint's folder: what `transformers` reads, and what a resume needs beside it.
+
+    An adapter is merged into the weights, and lies beside them as `peft` reads it.
+    """
+    if plan.train.lora is not None:
+        merge(weights, adapter, plan.train.lora, plan.model)
+        save_adapter(folder / ADAPTER_FOLDER, adapter, plan.train.lora, plan.model, plan.base)
     write_model(folder, plan.model, plan.vocab_size, weights, tokenizer)
     if start is not None:
         keep_companions(start, folder, plan.model.context_length)

@@ -11,7 +11,8 @@ import torch
 
 from jobs.plan import main
 from model.budget import activations_per_token, estimate_memory, estimate_step, orthogonalisation_flops
-from model.gpt import GPT, ModelConfig
+from model.config import LoraSettings
+from model.gpt import GPT, ModelConfig, flops_per_token
 from model.gpus import Gpu, find_gpu
 from model.optimizer import OptimizerConfig
 from model.roofline import launch_seconds, product_share, roofline
@@ -199,6 +200,25 @@ def test_memory_grows_with_the_micro_batch_and_falls_with_sharding() -> None:
     assert sharded.optimizer * 8 == pytest.approx(small.optimizer)
     assert small.weights / 8 < sharded.weights < small.weights  # a block in use is gathered whole
     assert sharded.total < small.total < large.total
+
+
+def test_an_adapter_has_gradients_and_moments_and_the_weights_have_none() -> None:
+    config, optimizer = ModelConfig(), OptimizerConfig(kind="adamw")
+    full, lora = (
+        estimate_memory(config, optimizer, 8192, micro_batch_sequences=4, lora=lora)
+        for lora in (None, LoraSettings(16, 32))
+    )
+    matrices = config.num_layers * (4 * 16 * 2 * 512 + 3 * 16 * (512 + config.mlp_channels))
+    assert (lora.gradients, lora.optimizer) == (4 * matrices, 8 * matrices)
+    assert lora.weights == full.weights + 4 * matrices
+    assert lora.activations == full.activations
+    assert lora.total < 0.8 * full.total
+
+
+def test_a_frozen_model_costs_two_thirds_of_the_products() -> None:
+    config = ModelConfig(num_layers=3, width=64, num_heads=4, mlp_width=128, context_length=16)
+    matrices = 3 * (4 * 64 * 64 + 3 * 64 * 128) + 64_000
+    assert flops_per_token(config, 1000) - flops_per_token(config, 1000, is_frozen=True) == 2 * matrices
 
 
 def test_threads_that_share_a_batch_hold_gradients_each() -> None:

@@ -15,7 +15,8 @@ from pipeline.artifacts import Artifact, artifact_at
 from pipeline.config import Config
 from pipeline.evaluate import score_checkpoint
 from pipeline.training.plan import plan_training
-from pipeline.training.worker import score_validation
+from pipeline.training.validation import score_held_out
+from pipeline.training.worker import open_held_out
 from tests.pipeline.tiny_training import tiny_config, tiny_inputs
 
 
@@ -77,7 +78,8 @@ def test_a_model_trained_inside_documents_is_scored_as_its_training_scored_it(co
     train, model = checkpoint(config, inputs, tmp_path, blocks_std=0.3)
     plan = plan_training(config, inputs, train, tracking_uri="", mlflow_run_id="", started=0)
     tokenizer = load_tokenizer(inputs["tokenizer"].download(tmp_path / "again"))
-    own = score_validation(plan, LossModule(model), tokenizer, getattr(torch, precision)).score
+    kept = getattr(torch, precision)
+    own = score_held_out(LossModule(model), open_held_out(plan), tokenizer.byte_lengths, precision=kept).score
     result = score_checkpoint(config, train, inputs["prepare"])
     assert (result["bits_per_byte"], result["tokens"]) == (own.bits_per_byte, own.tokens)
     across = replace(config, train=replace(inside, document_boundaries=False))

@@ -140,7 +140,7 @@ def test_it_is_served_and_talks(endpoint: httpx.Client) -> None:
 # Through a kill -----------------------------------------------------------------------------------------------------
 
 
-def tiny_start(family: str, storage: Path) -> tuple[Config, dict[str, Artifact]]:
+def tiny_start(family: str, storage: Path, *changes: str) -> tuple[Config, dict[str, Artifact]]:
     """A start whose tokenizer made the tiny shards."""
     plain = load_started_config(None, [*SETTINGS, f"storage={storage}"])
     inputs = tiny_inputs(plain)
@@ -148,14 +148,14 @@ def tiny_start(family: str, storage: Path) -> tuple[Config, dict[str, Artifact]]
     start = write_start(storage / "start", family, tokenizer)
     settings = [setting for setting in SETTINGS if not setting.startswith("model.")]
     config = load_started_config(
-        None, [*settings, f"storage={storage}", "model.context_length=32", f"start.model={start}"]
+        None, [*settings, f"storage={storage}", "model.context_length=32", f"start.model={start}", *changes]
     )
     inputs["start"] = artifact_at(config.storage, config.name, "start", config.start.digest)
     return config, inputs
 
 
-def train_from(family: str, storage: Path) -> Training:
-    config, inputs = tiny_start(family, storage)
+def train_from(family: str, storage: Path, *changes: str) -> Training:
+    config, inputs = tiny_start(family, storage, *changes)
     output = orchestrator.name_output("train", config, inputs)
     return Training(config, inputs, output, train.run(config, inputs, output))
 

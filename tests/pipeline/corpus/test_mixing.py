@@ -38,13 +38,11 @@ def write_text(folder: Path, letter: int, documents: int) -> Artifact:
             writer.add(np.full(99, letter, TOKENIZER.dtype))
         files |= writer.close()
     counts = {"documents": documents, "tokens": 100 * documents, "bytes": 99 * documents}
-    artifact.commit({"train": counts}, files)
+    artifact.commit({"train": counts, "val": counts, "tokenizer_digest": TOKENIZER.digest}, files)
     return artifact
 
 
-@pytest.fixture(scope="module")
-def members(tmp_path_factory: pytest.TempPathFactory) -> list[Member]:
-    folder = tmp_path_factory.mktemp("mix")
+def make_members(folder: Path) -> list[Member]:
     words = random.Random(5)
     talks = [[talk(words, words.randint(1, 2)) for _ in range(12)] for _ in range(3)]
     chat = write_shards(folder / f"prepare-{'c' * 20}", talks, talks[0])
@@ -53,6 +51,11 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> list[Member]:
         Member("base", 0.3, write_text(folder / f"prepare-{'b' * 20}", BASE, 40)),
         Member("notes", 0.2, write_text(folder / f"prepare-{'d' * 20}", NOTES, 3)),
     ]
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory: pytest.TempPathFactory) -> list[Member]:
+    return make_members(tmp_path_factory.mktemp("mix"))
 
 
 def open_mix(members: list[Member], tmp_path: Path, **options: object) -> MixedStream:

@@ -1,6 +1,7 @@
 """From text to an answer over HTTP on one machine: every stage of a preset, then one question to the served model.
 
     python -m jobs.demo jobs/presets/demo.yaml [section.key=value ...]
+    python -m jobs.demo jobs/presets/demo-chat.yaml      after the first: its model, taught to answer
 
 It stays up until Ctrl-C; with CI=true or without a terminal it ends after the answer.
 """
@@ -24,7 +25,12 @@ from jobs.command import Command, name_command, ray_session
 from pipeline import addresses
 from pipeline.config import Config
 
-QUESTION = "Return a new"
+PROMPT = "Return a new"  # for a model that goes on with a text
+QUESTION = "What does `os.path.join` do?"  # for one that answers
+KNOWS_LITTLE = (
+    "It has 3 million parameters and knows little: its answers are about what was asked, and often wrong.\n\n"
+)
+SAMPLING = {"max_tokens": 96, "temperature": 0.7, "seed": 1, "stream": True}
 
 
 def run(config: Config, options: argparse.Namespace) -> int:
@@ -44,7 +50,9 @@ def run(config: Config, options: argparse.Namespace) -> int:
         config = replace(config, serve=replace(config.serve, port=free_port(config.serve.port)))
         address = stack.enter_context(serving(config))
         facts, trained = manifests["register"].counts, manifests["train"].counts
-        answered = show_answer(address, facts["model_name"], options.question, config.model.context_length)
+        talks = config.source.holds_conversations
+        question = options.question or (QUESTION if talks else PROMPT)
+        answered = show_answer(address, facts["model_name"], question, 0 if talks else config.model.context_length)
         artifacts = orchestrator.locate(config)
         print(
             f"\n\n{orchestrator.describe_results(manifests)}\n\n"
@@ -52,10 +60,10 @@ def run(config: Config, options: argparse.Namespace) -> int:
             f"loss curve     {artifacts['train'].url}/loss.png\n"
             f"MLflow run     {mlflow_address}/{registry.place_of_run(trained['mlflow_run_id'])}\n"
             f"model version  {mlflow_address}/#/models/{facts['model_name']}/versions/{facts['version']}\n"
-            f"playground     {address}/\n"
-            f"API            {address}/v1/completions\n"
+            f"playground     {address}/{'?talk' if talks else ''}\n"
+            f"API            {address}/v1/{'chat/' if talks else ''}completions\n"
             f"next           {name_command('serve', options)}\n\n"
-            f"From text to an answer in {(time.monotonic() - began) / 60:.1f} minutes."
+            f"{KNOWS_LITTLE if talks else ''}From text to an answer in {(time.monotonic() - began) / 60:.1f} minutes."
         )
         if stays:
             print("Ctrl-C ends it.")
@@ -64,10 +72,15 @@ def run(config: Config, options: argparse.Namespace) -> int:
 
 
 def show_answer(address: str, model: str, question: str, context_length: int) -> bool:
-    """Print a question and its answer as it comes, or in a sentence why there is none; returns whether there is."""
-    print(f"\n{question}", end="", flush=True)
+    """Print a question and its answer as it comes, or in a sentence why there is none; returns whether there is.
+
+    `context_length` is that of a model which goes on with a text; 0: the question is a turn of a conversation.
+    """
+    print(f"\n{question}", end="" if context_length else "\n", flush=True)
     try:
-        for piece in ask(address, model, question, context_length):
+        for piece in (
+            ask(address, model, question, context_length) if context_length else talk(address, model, question)
+        ):
             print(piece, end="", flush=True)
     except (ValueError, OSError) as error:
         print(f"\nerror: The question was not answered: {error}", file=sys.stderr, flush=True)
@@ -85,15 +98,28 @@ def ask(address: str, model: str, prompt: str, context_length: int) -> Iterator[
             f"It has {num_tokens} tokens, and the model's context is {context_length};"
             f" ask a shorter one with --question."
         )
-    sampling = {"max_tokens": min(96, room), "temperature": 0.7, "seed": 1, "stream": True}
-    with post(f"{address}/v1/completions", {"model": model, "prompt": prompt, **sampling}) as response:
+    body = {"model": model, "prompt": prompt, **SAMPLING, "max_tokens": min(96, room)}
+    for event in read_events(f"{address}/v1/completions", body):
+        yield from (choice["text"] for choice in event["choices"])
+
+
+def talk(address: str, model: str, question: str) -> Iterator[str]:
+    """Stream the answer to one question from our endpoint; raises `ValueError` with what the endpoint says."""
+    body = {"model": model, "messages": [{"role": "user", "content": question}], **SAMPLING, "temperature": 0}
+    for event in read_events(f"{address}/v1/chat/completions", body):
+        yield from (choice["delta"].get("content") or "" for choice in event["choices"])
+
+
+def read_events(url: str, body: dict[str, Any]) -> Iterator[Any]:
+    """Yield the events of a streamed answer; raises `ValueError` where it ends with an error."""
+    with post(url, body) as response:
         for line in response:
             event = line.decode().removeprefix("data:").strip()
             if event and event != "[DONE]":
                 answer = json.loads(event)
                 if "error" in answer:
                     raise ValueError(answer["error"]["message"])
-                yield from (choice["text"] for choice in answer["choices"])
+                yield answer
 
 
 def post(url: str, body: dict[str, Any]) -> Any:
@@ -160,7 +186,9 @@ def wait_for_interrupt() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     command = Command(__doc__)
-    command.parser.add_argument("--question", default=QUESTION, help="the prompt to ask at the end")
+    command.parser.add_argument(
+        "--question", help=f"what to ask at the end [{PROMPT}; of one that answers: {QUESTION}]"
+    )
     return command.main(run, argv)
 
 

@@ -38,7 +38,8 @@ COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 READABLE = f"{', '.join(FORMAT_OF_ENDING)} (also with {', '.join(COMPRESSIONS)})"
 
 
-KINDS_OF_TEXT = ("python-docs", "files", "conversations", "openwebtext")
+KINDS_OF_CONVERSATIONS = ("conversations", "python-questions")
+KINDS_OF_TEXT = ("python-docs", "files", *KINDS_OF_CONVERSATIONS, "openwebtext")
 SETTINGS_OF_A_PART = ("name", "text_column", "split_text", "invalid_text", "dataset", "revision")  # in a mix
 LEAST_SHARE = 0.001  # of a source in a mix
 
@@ -46,7 +47,9 @@ LEAST_SHARE = 0.001  # of a source in a mix
 @dataclass(frozen=True)
 class SourceConfig:
     kind: str = setting(
-        "python-docs", "where documents come from: python-docs, files, conversations, openwebtext, or mix: several"
+        "python-docs",
+        "where documents come from: python-docs, python-questions (conversations about them), files, conversations,"
+        " openwebtext, or mix: several",
     )
     paths: list[str] = setting(
         [],
@@ -93,7 +96,8 @@ class SourceConfig:
 
     @property
     def holds_conversations(self) -> bool:
-        return self.kind == "conversations" or any(part.source.kind == "conversations" for part in self.parts())
+        kinds = [self.kind, *(part.source.kind for part in self.parts())]
+        return any(kind in KINDS_OF_CONVERSATIONS for kind in kinds)
 
 
 @dataclass(frozen=True)

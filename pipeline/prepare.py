@@ -80,7 +80,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
     if config.source.mix:
         return _run_mix(config, inputs, output)
     slice_bytes = int(config.prepare.shard_tokens * BYTES_PER_TOKEN)
-    is_talk = config.source.kind == "conversations"
+    is_talk = config.source.holds_conversations
     listing = listing_of(config.source)
     found = slices(config.source, slice_bytes, listing)
     plan = PreparePlan(

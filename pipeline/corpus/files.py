@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import READABLE, SourceConfig
-from pipeline.corpus import conversations, python_docs
+from pipeline.corpus import conversations, python_docs, python_questions
 from pipeline.corpus.endings import NO_ENDING, File
 from pipeline.corpus.listing import Found, filesystem_at, list_path, pinned_revision
 from pipeline.corpus.progress import Progress
@@ -32,6 +32,10 @@ from pipeline.corpus.recoding import HEAD_BYTES, needs_recoding
 
 Result = TypeVar("Result")
 CACHED_FILES = 1_000_000  # whose heads and footers the stages of one run read once
+GENERATED = {
+    "python-docs": python_docs.LIMIT_BYTES,
+    "python-questions": python_questions.LIMIT_BYTES,
+}  # kinds without files
 SILENT_SECONDS = 2.0  # a listing that takes no longer needs no progress line
 
 
@@ -76,7 +80,7 @@ def fingerprint_part(source: SourceConfig) -> str:
         )
     facts: dict[str, Any] = {"kind": source.kind, "column": source.text_column, "split": source.split_text}
     facts["invalid"] = source.invalid_text
-    if source.kind == "python-docs":
+    if source.kind in GENERATED:
         facts["content"] = [platform.python_version(), *python_docs.packages()]
     else:
         _fingerprinted[repr(source)] = listing = listing_of(source)
@@ -104,7 +108,7 @@ def listing_of(source: SourceConfig) -> Listing:
 
 def find_files(source: SourceConfig) -> Listing:
     """List the input's files in the order of their URLs; raises `ValueError` where a path leads to none."""
-    if source.kind == "python-docs":
+    if source.kind in GENERATED:
         return Listing()
     paths = source.paths
     if source.kind == "openwebtext" and not paths:
@@ -172,8 +176,8 @@ def _one_layout(files: list[File]) -> list[File]:
 
 def slices(source: SourceConfig, slice_bytes: int, listing: Listing | None = None) -> list[Slice]:
     """Cut the input into slices of about `slice_bytes` of text; a pure function of its files."""
-    if source.kind == "python-docs":
-        return [Slice("00000", "python-docs", (), python_docs.LIMIT_BYTES)]
+    if source.kind in GENERATED:
+        return [Slice("00000", source.kind, (), GENERATED[source.kind])]
     files = (listing or listing_of(source)).files
     read_footer = partial(_read_footer, column="" if source.kind == "conversations" else source.text_column)
     footers = dict(_in_threads(read_footer, [file for file in files if file.format == "parquet"], "footers"))

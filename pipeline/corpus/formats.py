@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import READABLE, SourceConfig
-from pipeline.corpus import conversations, python_docs
+from pipeline.corpus import conversations, python_docs, python_questions
 from pipeline.corpus.archives import TAR_BLOCK_BYTES, Member, is_tar, read_members, read_texts
 from pipeline.corpus.compression import BLOCK_BYTES, WHEN_UNCHANGED, Damaged, decompressed, open_file, stream_of
 from pipeline.corpus.endings import EXPANSION, NOT_PLAIN_TEXT, File
@@ -42,6 +42,8 @@ def read(slice_: Slice, source: SourceConfig, piece: Piece | None = None) -> Ite
     """
     if slice_.format == "python-docs":
         yield from ((text, "") for text in python_docs.documents())
+    elif slice_.format == "python-questions":
+        yield from ((text, "") for text in python_questions.conversations())
     elif piece is not None:
         (file,) = slice_.files
         with _Named(file):

@@ -65,22 +65,31 @@ def _raw_documents() -> Iterator[str]:
 
 
 def _docstrings(folder: Path) -> Iterator[str]:
+    for _, source in python_files(folder):
+        for match in _DOCSTRING.finditer(source):
+            if len(match[1]) >= MIN_CHARACTERS and (text := read_literal(match[1])):
+                yield text
+
+
+def python_files(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Yield each .py file below a folder and its source, in a fixed order; tests and what others brought left out."""
     for path in sorted(folder.rglob("*.py"), key=lambda path: path.relative_to(folder).parts):
         if _SKIPPED_FOLDERS & set(path.relative_to(folder).parts):
             continue
         try:
-            source = path.read_text(encoding="utf-8")
+            yield path, path.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):
             continue
-        for match in _DOCSTRING.finditer(source):
-            if len(match[1]) < MIN_CHARACTERS:
-                continue
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # an unknown escape in somebody's docstring
-                    yield ast.literal_eval(match[1])
-            except (SyntaxError, ValueError):
-                continue
+
+
+def read_literal(literal: str) -> str:
+    """The text of a string as it stands in a source; empty where Python would not read it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an unknown escape in somebody's docstring
+            return str(ast.literal_eval(literal))
+    except (SyntaxError, ValueError):
+        return ""
 
 
 def _clean(text: str) -> str:

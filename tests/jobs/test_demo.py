@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from jobs import demo
+from model.chat import CHAT_TEMPLATE
 from pipeline.config import ServeConfig
 from tests.pipeline.serving.local_server import LocalServer
 from tests.pipeline.tiny_registry import TinyRegistry, make_registry
@@ -16,12 +17,13 @@ CONTEXT = 128
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRegistry:
     found = make_registry(tmp_path_factory.mktemp("registry"))
     found.add_version(seed=1, alias="champion")
+    found.add_version(seed=1, context_length=256, chat_template=CHAT_TEMPLATE)
     return found
 
 
 @pytest.fixture(scope="module")
 def server(tiny: TinyRegistry) -> Iterator[LocalServer]:
-    local = LocalServer(tiny, ServeConfig(watch_seconds=0, threads=1, weights="float32"))
+    local = LocalServer(tiny, ServeConfig(watch_seconds=0, threads=1, weights="float32", versions=["champion", "2"]))
     yield local
     local.close()
 
@@ -51,3 +53,10 @@ def test_a_question_longer_than_the_context_is_one_sentence(
 def test_what_the_endpoint_refuses_is_said_in_its_words(server: LocalServer) -> None:
     with pytest.raises(ValueError, match="There is no model 'none' here"):
         list(demo.ask(server.url, "none", "x", CONTEXT))
+
+
+def test_one_that_talks_is_asked_in_a_conversation(server: LocalServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.show_answer(server.url, "tiny@2", "What is this?", 0)
+    assert capsys.readouterr().out.startswith("\nWhat is this?\n")
+    with pytest.raises(ValueError, match="chat template"):
+        list(demo.talk(server.url, "tiny", "What is this?"))

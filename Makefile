@@ -20,8 +20,9 @@ chat: environment
 	$(BIN)/python -m jobs.pipeline demo
 	$(BIN)/python -m jobs.demo demo-chat
 
+# A file of tests on each of two processes: most of them wait for servers and workers to start.
 test: environment
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 # Nodes, drivers and servers killed in the middle; needs PostgreSQL's server and chromium on the machine.
 test-slow: environment

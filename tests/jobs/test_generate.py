@@ -105,8 +105,8 @@ def test_the_readmes_lines_are_about_one_model() -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     [trained] = [line for line in lines if line.startswith("python -m jobs.pipeline") and "name=" in line]
     [served] = [line for line in lines if line.startswith("python -m jobs.serve")]
-    [asked] = [line for line in lines if line.startswith("python -m jobs.generate")]
-    for line in (trained, served, asked):
+    asked, batch = [line for line in lines if line.startswith("python -m jobs.generate")]
+    for line in (trained, served, asked, batch):
         assert re.findall(r"name=(\S+)", line.partition("#")[0]) == ["mine"], line
     options = generate.build_parser().parse_intermixed_args(shlex.split(asked, comments=True)[3:])
     assert options.settings == ["name=mine"]
@@ -122,6 +122,7 @@ def test_bad_input_is_one_sentence(settings: list[str], capsys: pytest.CaptureFi
         (["--top-p", "0"], "top_p is 0.0"),
         (["--stop", ""], "empty"),
         (["serve.prot=1"], "serve.port"),
+        (["--input", "nowhere.jsonl", "--output", "answers.jsonl"], "'x' is not a setting"),
     ]:
         assert generate.main(["x", *settings, *extra]) == 2
         captured = capsys.readouterr()
@@ -129,6 +130,26 @@ def test_bad_input_is_one_sentence(settings: list[str], capsys: pytest.CaptureFi
         assert captured.err.startswith("error: ")
         assert says in captured.err
         assert captured.err.count("\n") == 1
+
+
+def test_a_batch_that_cannot_begin_is_one_sentence(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n')
+    for given, output, says in [
+        (tmp_path / "none.jsonl", "answers.jsonl", "nothing at"),
+        (prompts, "answers.csv", ".jsonl or .parquet"),
+        (prompts, "prompts.jsonl", "there already"),
+    ]:
+        assert generate.main([*settings, f"--input={given}", f"--output={tmp_path / output}"]) == 2
+        said = capsys.readouterr().err
+        assert says in said
+        assert said.count("\n") == 1
+    with pytest.raises(SystemExit):
+        generate.main([*settings, f"--input={prompts}"])
+    with pytest.raises(SystemExit):
+        generate.main(settings)
 
 
 def test_help_says_what_there_is() -> None:

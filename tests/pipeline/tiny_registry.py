@@ -32,12 +32,13 @@ class TinyRegistry:
         alias: str = "",
         context_length: int = 128,
         chat_template: str = "",
+        width: int = 32,
     ) -> str:
         """Register random weights; a `probe_shift` makes the registry's figure for them wrong by so much."""
         torch.manual_seed(seed)
         tokenizer = tiny_tokenizer()
         config = ModelConfig(
-            family="modern", num_layers=2, width=32, num_heads=2, context_length=context_length, dropout=0.0
+            family="modern", num_layers=2, width=width, num_heads=2, context_length=context_length, dropout=0.0
         )
         model = GPT(config, tokenizer.vocab_size).eval()
         with torch.no_grad():  # fresh weights know no favourites: every answer would be evenly likely

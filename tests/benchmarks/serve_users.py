@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import httpx
 
 PROMPT_TOKENS = 64
-READY_SECONDS = 600
+READY_SECONDS = 900
 NEEDED_BY_OURS = "import mlflow, prometheus_client, orjson"
 
 

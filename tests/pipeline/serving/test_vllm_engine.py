@@ -328,3 +328,4 @@ def test_vllm_itself_answers_greedily_as_our_engine_does(family: str) -> None:
     first, second = found["vllm"]["sampled"]
     assert first == second, "a seed gives the same answer"
     assert found["vllm"]["left"] == 0
+    assert found["vllm"]["died"] == ["EngineDied", "EngineDied"], "killed in the middle of an answer"

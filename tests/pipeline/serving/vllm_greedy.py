@@ -9,9 +9,11 @@ import asyncio
 import json
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from model.checkpoint import load_model, save_model
@@ -100,7 +102,8 @@ async def ask_vllm(folder: Path, model: GPT, tokenizer: Tokenizer) -> dict[str, 
         sampled = [await answer(sampling(tokenizer)) for _ in range(2)]
         left = await leave_early(backend, tokenizer)
         backend.check()
-        return {"answers": answers, "scores": scores, "sampled": sampled, "left": left}
+        died = await kill(backend, tokenizer)
+        return {"answers": answers, "scores": scores, "sampled": sampled, "left": left, "died": died}
     finally:
         await backend.close(5)
 
@@ -119,6 +122,29 @@ async def leave_early(backend: Backend, tokenizer: Tokenizer) -> int:
     backend.leave(ticket)
     await asyncio.sleep(0.2)
     return backend.stats().running
+
+
+async def kill(backend: Backend, tokenizer: Tokenizer) -> list[str]:
+    """Kill vLLM's processes in the middle of an answer; returns what its reader and the health check are told."""
+    long = SamplingSettings(max_tokens=100, temperature=0.0, logit_bias={tokenizer.end_of_text: -100.0})
+    ticket = backend.submit([GenerationRequest("killed", tokenizer.encode(PROMPTS[0]).tolist(), long)])
+    await ticket.read()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    told = []
+    try:
+        async with asyncio.timeout(60):
+            while await ticket.read():
+                pass
+    except Exception as error:
+        told.append(type(error).__name__)
+    try:
+        backend.check()
+    except Exception as error:
+        told.append(type(error).__name__)
+    backend.leave(ticket)
+    return told
 
 
 def main(family: str) -> None:

@@ -275,7 +275,7 @@ def encode(tokenizer: Tokenizer, rendered: Rendered) -> tuple[np.ndarray, np.nda
         part = bisect_right(firsts, position) - 1
         start, _, special = parts[part]
         before = rendered.text[start:position]
-        return starts[part] + (len(tokenizer.normalise(before).encode()) if special is None else len(before))
+        return starts[part] + (len(tokenizer.spell(before)) if special is None else len(before))
 
     spoken = np.zeros(len(joined), bool)
     for start, stop in rendered.spoken:

@@ -1,7 +1,8 @@
 """Tokenizers of strangers: any byte-level BPE in a `tokenizer.json`, which the `tokenizers` library encodes.
 
-Of such a vocabulary every token is known by its bytes, as of ours. The names of special tokens are text in a text: only
-who puts one there on purpose, as a chat template does, gets the token (`Tokenizer.split_special`).
+Of such a vocabulary every token is known by its bytes, as of ours. It may lack bytes: what of a text has no token is
+left out, as `transformers` does, and counted (`count_lost`). The names of special tokens are text in a text: only who
+puts one there on purpose, as a chat template does, gets the token (`Tokenizer.split_special`).
 """
 
 import hashlib
@@ -69,6 +70,8 @@ class ForeignTokenizer(Tokenizer):
             if token["special"]
         }
         self.token_bytes = _spell(known, added)
+        # Bytes that its makers' sample had not, such as control characters; the library leaves them out of texts.
+        self.missing_bytes = bytes(byte for byte, spelled in enumerate(written_bytes()) if spelled not in known)
         self.end_of_text = self._find_end(named, known)
         self.begin_of_text = known.get(named.get("bos_token", ""), self.end_of_text)
         self.stop_tokens = frozenset({self.end_of_text, *self._stop_ids()})
@@ -91,23 +94,29 @@ class ForeignTokenizer(Tokenizer):
         encoded = []
         for text in texts:
             try:
-                spelled_bytes = len(self.normalise(text).encode())
+                expected = len(self.spell(text))
             except UnicodeEncodeError as error:
                 raise ValueError(
                     f"The text is not valid Unicode: character {error.start} is the lone surrogate"
                     f" U+{ord(error.object[error.start]):04X}."
                 ) from None
             ids = np.array(self._library.encode(text, add_special_tokens=False).ids, dtype=self.dtype)
-            lost = spelled_bytes - int(self.byte_lengths[ids].sum(dtype=np.int64))
-            if lost:
+            spelled = int(self.byte_lengths[ids].sum(dtype=np.int64))
+            if spelled != expected:
                 raise ValueError(
-                    f"The tokenizer of {self._where} has no tokens for {lost} of the {spelled_bytes} bytes of a text"
-                    f" that begins {text[:40]!r}."
+                    f"The tokenizer's tokens spell {spelled} of the {expected} bytes of a text that begins"
+                    f" {text[:40]!r}; what is lost cannot be told."
                 )
             encoded.append(ids)
         return encoded
 
-    def normalise(self, text: str) -> str:
+    def spell(self, text: str) -> bytes:
+        return self._normalise(text).encode().translate(None, self.missing_bytes)
+
+    def count_lost(self, text: str) -> int:
+        return len(self._normalise(text).encode()) - len(self.spell(text)) if self.missing_bytes else 0
+
+    def _normalise(self, text: str) -> str:
         if self._library.normalizer is None or text.isascii():
             return text
         return str(self._library.normalizer.normalize_str(text))

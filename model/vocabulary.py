@@ -81,11 +81,15 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encode several texts. Raises `ValueError` where a part of one would be lost: no byte ever is in silence."""
+        """Encode several texts; `spell` tells of what their tokens are. Raises `ValueError` on lone surrogates."""
 
-    def normalise(self, text: str) -> str:
+    def spell(self, text: str) -> bytes:
         """Return what the tokens of a text spell, which for most tokenizers is that text."""
-        return text
+        return text.encode()
+
+    def count_lost(self, text: str) -> int:
+        """Count the bytes of a text for which there are no tokens."""
+        return 0
 
     def split_special(self, text: str, breaks: Sequence[int] = ()) -> Iterator[tuple[int, int, int | None]]:
         """Yield the parts of a text in order: where it starts and stops, and the special token written there, or None.

@@ -197,6 +197,9 @@ def _say(total: Tally, listing: Listing, runs: Runs | None) -> None:
         f"prepare   kept {omissions.kept:,} of {omissions.read:,} documents{cut}{f'; {reasons}' if reasons else ''}",
         flush=True,
     )
+    lost, kept = (sum(total.splits[split][name] for split in SPLITS) for name in ("bytes_without_token", "bytes"))
+    if lost:
+        print(f"prepare   left out {lost:,} bytes ({lost / (lost + kept):.2%}): the tokenizer has no tokens for them")
     warnings = omissions.warnings(listing)
     validation = total.splits["val"]
     if validation["documents"] < LEAST_VALIDATION_DOCUMENTS:
@@ -312,12 +315,11 @@ def prepare_unit(plan: PreparePlan, unit: Unit) -> Tally:
             (val if is_val else train).add(ids, learn)
             counts = tally.splits[SPLITS[is_val]]
             counts["documents"] += 1
-            if learn is None:
-                counts["tokens"] += len(ids) + 1
-                counts["bytes"] += len(content)
-            else:
-                counts["tokens"] += len(ids)
-                counts["bytes"] += int(tokenizer.byte_lengths[ids].sum())
+            counts["tokens"] += len(ids) + (learn is None)  # a text's end comes behind it
+            counts["bytes"] += int(tokenizer.byte_lengths[ids].sum())
+            if lost := tokenizer.count_lost(text if learn is None else conversations.plain_text(text)):
+                counts["bytes_without_token"] += lost
+            if learn is not None:
                 counts["learnt_tokens"] += int(learn.sum())
                 counts["learnt_bytes"] += int(tokenizer.byte_lengths[ids[learn]].sum())
             tally.lengths[len(ids).bit_length()] += 1

@@ -25,6 +25,11 @@ def write(
     }
 
 
+def _describe_lost(counts: Mapping[str, Any]) -> list[str]:
+    lost = sum(counts[split].get("bytes_without_token", 0) for split in ("train", "val"))
+    return [f"Bytes left out, for which the tokenizer has no tokens: {lost:,}."] if lost else []
+
+
 def sum_counts(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Add up what the manifests of a mix's sources count; all have one tokenizer."""
     total: dict[str, Any] = {
@@ -146,6 +151,7 @@ def _describe(config: Config, counts: Mapping[str, Any], files: Mapping[str, Fil
             f" {counts['tokenizer_digest']}.",
             *_describe_conversations(counts),
             f"Documents with invalid UTF-8 that was replaced: {counts['replaced_utf8']:,}.",
+            *_describe_lost(counts),
             f"Files that were not read, by ending: {count_endings(counts['files_not_read']) or 'none'}.",
             "",
             "| dropped because | documents |",

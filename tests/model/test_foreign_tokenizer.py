@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as Library
-from tokenizers import models, pre_tokenizers
 
 from model.chat import CHAT_TEMPLATE, encode, open_template, render, turn_ends
 from model.foreign_tokenizer import ForeignTokenizer
@@ -49,9 +48,9 @@ def test_ten_thousand_texts_get_the_ids_of_transformers(folder: Path, tokenizer:
     assert [ids.tolist() for ids in found] == expected
     assert any(name in text for text in texts for name in tokenizer.special_tokens)
     for text, ids in zip(texts, found, strict=True):
-        spelled = tokenizer.normalise(text)
-        assert tokenizer.decode(ids) == spelled
-        assert int(tokenizer.byte_lengths[ids].sum()) == len(spelled.encode())
+        spelled = tokenizer.spell(text)
+        assert tokenizer.decode_bytes(ids) == spelled
+        assert int(tokenizer.byte_lengths[ids].sum()) == len(spelled)
 
 
 def test_special_tokens_are_those_of_transformers_where_a_template_writes_them(folder: Path, tokenizer: Tokenizer):
@@ -70,7 +69,7 @@ def test_a_stream_of_tokens_gives_out_the_text(tokenizer: Tokenizer) -> None:
         stream = TextStream()
         ids = [tokenizer.end_of_text, *tokenizer.encode(text).tolist(), *tokenizer.stop_tokens]
         shown = "".join(stream.push(tokenizer.token_bytes[token]) for token in ids)
-        assert shown + stream.push(b"", final=True) == tokenizer.normalise(text)
+        assert shown + stream.push(b"", final=True) == tokenizer.spell(text).decode()
 
 
 def test_every_tokens_bytes_are_what_the_library_decodes(folder: Path, tokenizer: Tokenizer) -> None:
@@ -275,14 +274,45 @@ def test_settings_that_do_not_fit_the_vocabulary_are_named(settings: dict[str, A
         load_tokenizer(tmp_path)
 
 
-def test_a_byte_without_a_token_is_never_lost_in_silence(tmp_path: Path) -> None:
-    library = Library(models.BPE({"a": 0, "b": 1, "ab": 2, "</s>": 3}, [("a", "b")]))
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.save(str(tmp_path / "tokenizer.json"))
+def test_a_byte_without_a_token_is_left_out_as_transformers_does_and_counted(tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    library = write_tokenizer(tmp_path, "smollm2")
+    printed = {byte: chr(256 + byte) for byte in (0x00, 0x0C)} | {0xF3: "\u00f3", 0xA9: "\u00a9"}
+
+    def forget(facts: Any) -> None:
+        facts["model"]["merges"] = [pair for pair in facts["model"]["merges"] if not set(pair[0] + pair[1]) & lost]
+        kept = {"".join(pair) for pair in facts["model"]["merges"]} | {content["content"] for content in added(facts)}
+        vocabulary = facts["model"]["vocab"]
+        facts["model"]["vocab"] = {
+            spelled: token
+            for spelled, token in vocabulary.items()
+            if spelled in kept or (len(spelled) == 1 and spelled not in lost)
+        }
+
+    def added(facts: Any) -> Any:
+        return facts["added_tokens"]
+
+    lost = set(printed.values())
+    spoil(tmp_path, forget)
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.encode("abba").tolist() == [2, 1, 0]
-    with pytest.raises(ValueError, match="no tokens for 1 of the 3 bytes of a text that begins 'abc'"):
-        tokenizer.encode("abc")
+    assert isinstance(tokenizer, ForeignTokenizer)
+    assert tokenizer.missing_bytes == bytes(sorted(printed))
+    assert tokenizer.vocab_size <= library.get_vocab_size()
+    texts = ["a\x0cb", "\0", "caf\u00e9 ol\u00e9", "\U000e0067", *random_texts(2_000, ["\x0c", "\0", "\u00e9"])]
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    found = tokenizer.encode_all(texts)
+    assert [ids.tolist() for ids in found] == theirs(texts, add_special_tokens=False, split_special_tokens=True)[
+        "input_ids"
+    ]
+    assert tokenizer.decode(found[0]) == "ab"
+    assert [tokenizer.count_lost(text) for text in texts[:4]] == [1, 1, 2, 1]
+    for text, ids in zip(texts, found, strict=True):
+        assert len(text.encode()) - tokenizer.count_lost(text) == int(tokenizer.byte_lengths[ids].sum())
+
+    turns = [{"role": "user", "content": "\x0c\u00e9"}, {"role": "assistant", "content": "\0b\u00e9\x0c"}]
+    ids, spoken = encode(tokenizer, render(tokenizer, open_template(CHATML), turns))
+    assert tokenizer.decode_bytes(ids[spoken]) == b"b\xc3\n"
     with pytest.raises(ValueError, match=r"lone surrogate U\+D800"):
         tokenizer.encode("a\ud800")
 

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from model.tokenizer import Tokenizer, train_bpe
+from model.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from pipeline import prepare
 from pipeline.artifacts import Artifact, Manifest, artifact_at
 from pipeline.config import Config, load_config
@@ -187,6 +187,33 @@ def test_what_was_lost_is_on_the_screen(
     assert "prepare   WARNING: 1 of 2 files were not read, because of their endings: 1 .pdf." in said.err
     assert "prepare   WARNING: The validation split has" in said.err
     assert manifest.counts["files_not_read"] == {".pdf": 1}
+
+
+def test_a_starts_tokenizer_encodes_and_what_it_has_no_tokens_for_is_said(
+    ray_session: None, tmp_path: Path, storage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.model.tiny_tokenizers import write_tokenizer
+
+    write_tokenizer(tmp_path / "start", "smollm2")
+    facts = json.loads((tmp_path / "start/tokenizer.json").read_text())
+    del facts["model"]["vocab"][chr(256 + ord("\f"))]
+    (tmp_path / "start/tokenizer.json").write_text(json.dumps(facts))
+    tokenizer = load_tokenizer(tmp_path / "start")
+    artifact = artifact_at(storage, "test", "tokenizer", "u" * 20)
+    artifact.commit({}, {name: artifact.write_text(name, text) for name, text in tokenizer.files().items()})
+    texts = [f"{text}\fé <|im_end|>" for text in make_texts(20)]
+    config = configure(storage, write_jsonl(tmp_path / "x.jsonl", texts))
+    output = artifact_at(storage, "test", "prepare", "p" * 20)
+    source = artifact_at(storage, "test", "source", "s" * 20)
+    manifest = prepare.run(config, {"source": source, "tokenizer": artifact}, output)
+    written = [text for split in ("train", "val") for text in read_texts(output, tokenizer, split)]
+    assert sorted(written) == sorted(text.replace("\f", "") for text in texts)
+    counts = [manifest.counts[split] for split in ("train", "val")]
+    assert sum(split["bytes"] for split in counts) == sum(len(text.encode()) for text in written)
+    assert sum(split["bytes_without_token"] for split in counts) == 20
+    assert "prepare   left out 20 bytes (" in capsys.readouterr().out
+    assert "Bytes left out, for which the tokenizer has no tokens: 20." in output.read_text("README.md")
+    assert manifest.counts["tokenizer_digest"] == tokenizer.digest
 
 
 def test_a_source_that_changed_since_it_was_listed_is_not_committed_under_its_fingerprint(

@@ -47,7 +47,8 @@ def run(config: Config, options: argparse.Namespace) -> int:
 
         from jobs.serve import serving
 
-        config = replace(config, serve=replace(config.serve, port=free_port(config.serve.port)))
+        served = replace(config.serve, port=free_port(config.serve.port))
+        config = replace(config, serve=replace(served, mlflow_pages=served.mlflow_pages or mlflow_address))
         address = stack.enter_context(serving(config))
         facts, trained = manifests["register"].counts, manifests["train"].counts
         talks = config.source.holds_conversations

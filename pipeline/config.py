@@ -474,6 +474,7 @@ class ServeConfig:
     probe_tolerance: float = setting(
         0.02, "share by which a new version's bits per byte may differ from the registry's"
     )
+    mlflow_pages: str = setting("", "where people open MLflow's pages, for links to runs; empty: the tracking server")
     access_log: bool = setting(False, "log every request")
 
     def __post_init__(self) -> None:
@@ -485,6 +486,10 @@ class ServeConfig:
         )
         require(bool(self.versions), "serve.versions needs at least one alias or version number.")
         require(len(set(self.versions)) == len(self.versions), "serve.versions names a version twice.")
+        require(
+            not self.mlflow_pages or re.match(r"https?://\S+$", self.mlflow_pages) is not None,
+            "serve.mlflow_pages must be an address such as http://127.0.0.1:5000.",
+        )
         require(all(re.fullmatch(r"[\w.-]+", each) for each in self.versions), "serve.versions: letters, digits, . _ -")
         sizes = ("replicas", "max_queue", "max_body_bytes")
         measures = ("deadline_seconds", "target_ongoing_requests", "downscale_delay_seconds", "probe_tolerance")

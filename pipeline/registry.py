@@ -5,6 +5,7 @@ A version is read as files (safetensors and JSON), never unpickled.
 
 import logging
 import math
+import shlex
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -179,9 +180,9 @@ def check_probe(record: VersionRecord, measured: float, tolerance: float) -> Non
         )
 
 
-def read_card(record: VersionRecord) -> dict[str, Any]:
+def read_card(record: VersionRecord, mlflow_pages: str = "") -> dict[str, Any]:
     """What the page shows beside the figures: the curves of the training, and where to read more."""
-    return {"loss_curves": read_loss_curves(record.run_id), "run_url": describe_run(record.run_id)}
+    return {"loss_curves": read_loss_curves(record.run_id), **link_run(record.run_id, mlflow_pages)}
 
 
 def read_loss_curves(run_id: str, points: int = 200) -> dict[str, list[tuple[int, float]]]:
@@ -203,18 +204,28 @@ def read_loss_curves(run_id: str, points: int = 200) -> dict[str, list[tuple[int
     return curves
 
 
-def describe_run(run_id: str) -> str:
-    """Where a person can look at the run: its page on the tracking server, or what to start to see it."""
+def link_run(run_id: str, mlflow_pages: str = "") -> dict[str, str]:
+    """Return a run's page in MLflow as `run_url`, and as `run_command` what to start first where nothing shows it yet.
+
+    `mlflow_pages` is where MLflow's pages are, where that is another address than the tracking server's.
+    """
     uri = mlflow.get_tracking_uri()
-    if not run_id or not uri.startswith(("http://", "https://")):
-        return ""
+    found = {"run_url": "", "run_command": ""}
+    if not run_id:
+        return found
     try:
         place = place_of_run(run_id)
     except MlflowException:
-        return ""
-    scheme, _, rest = uri.partition("://")
-    host = rest.rpartition("@")[2].rstrip("/")  # a password in the address is not for the page
-    return f"{scheme}://{host}/{place}"
+        return found
+    if not mlflow_pages and uri.startswith("sqlite:"):  # a store of this machine's
+        found["run_command"] = f"python -m mlflow server --backend-store-uri {shlex.quote(uri)}"
+        mlflow_pages = "http://127.0.0.1:5000"
+    pages = mlflow_pages or uri
+    if pages.startswith(("http://", "https://")):
+        scheme, _, rest = pages.partition("://")
+        host = rest.rpartition("@")[2].rstrip("/")  # a password in the address is not for the page
+        found["run_url"] = f"{scheme}://{host}/{place}"
+    return found
 
 
 def place_of_run(run_id: str) -> str:

@@ -61,6 +61,7 @@ class CompletionServer:
             device=device,
             probe_tolerance=settings.probe_tolerance,
             drain_seconds=settings.deadline_seconds,
+            mlflow_pages=settings.mlflow_pages,
         )
         await self.models.start()
         self._watcher: asyncio.Task[None] | None = None

@@ -173,7 +173,11 @@ def test_the_tree_that_a_readme_draws_is_the_tree_on_disk(readme: str) -> None:
         there |= {path.name for path in files if len(path.parts) == 1 and path.suffix == ".py"}
         # A folder is drawn file by file, or not at all.
         opened = {name.partition("/")[0] for name in drawn if not name.endswith("/") and "/" in name}
-        there |= {path.as_posix() for path in files if path.parts[0] in opened}
+        there |= {
+            path.as_posix() if len(path.parts) == 2 else f"{path.parts[0]}/{path.parts[1]}/"
+            for path in files
+            if path.parts[0] in opened
+        }
     assert drawn == {name for name in there if not name.endswith("__init__.py")}
 
 

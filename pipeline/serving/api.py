@@ -28,7 +28,8 @@ from pipeline.serving.protocol import (
 )
 from pipeline.serving.tokens import token_routes
 
-PAGE = Path(__file__).with_name("page.html")
+PAGE = Path(__file__).with_name("page")
+PAGE_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 
 
 def build_api(service: Service) -> FastAPI:
@@ -97,17 +98,31 @@ def build_api(service: Service) -> FastAPI:
         page = await service.metrics_page()
         return PlainTextResponse(page, media_type="text/plain; version=1.0.0; charset=utf-8")
 
+    files = {path.name: path for path in PAGE.iterdir() if path.suffix in PAGE_TYPES}
+
+    def file_of_page(name: str) -> Response:
+        path = files[name]
+        media_type = f"{PAGE_TYPES[path.suffix]}; charset=utf-8"
+        return Response(path.read_bytes(), media_type=media_type, headers=PAGE_HEADERS)
+
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def playground() -> Response:
-        return HTMLResponse(PAGE.read_bytes(), headers=PAGE_HEADERS)
+        return file_of_page("index.html")
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def part_of_playground(name: str) -> Response:
+        if name not in files:
+            raise HTTPException(404)
+        return file_of_page(name)
 
     return app
 
 
 PAGE_HEADERS = {
     "Cache-Control": "no-cache",
-    "Content-Security-Policy": "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline';"
-    " img-src data:; frame-ancestors 'none'",
+    # Scripts and styles from our own files alone: what a model writes could not run even if it became HTML.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
+    " img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }

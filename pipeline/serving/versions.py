@@ -92,6 +92,7 @@ class ServedModels:
         device: torch.device,
         probe_tolerance: float,
         drain_seconds: float,
+        mlflow_pages: str = "",
     ) -> None:
         self.name = name
         self.selectors = tuple(selectors)
@@ -100,6 +101,7 @@ class ServedModels:
         self._device = device
         self._probe_tolerance = probe_tolerance
         self._drain_seconds = drain_seconds
+        self._mlflow_pages = mlflow_pages
         self._seats: dict[str, Seat] = {}
         self._background: set[asyncio.Task[None]] = set()
 
@@ -229,7 +231,7 @@ class ServedModels:
         return loaded, model, probe
 
     async def _fill_card(self, version: LiveVersion) -> None:
-        version.card = await asyncio.to_thread(registry.read_card, version.record)
+        version.card = await asyncio.to_thread(registry.read_card, version.record, self._mlflow_pages)
 
     async def _retire(self, version: LiveVersion) -> None:
         try:

@@ -45,6 +45,7 @@ class LocalServer:
             device=torch.device("cpu"),
             probe_tolerance=settings.probe_tolerance,
             drain_seconds=10,
+            mlflow_pages=settings.mlflow_pages,
         )
         self._settings = settings
         # With proto 0 asyncio would leave Nagle's algorithm on: 40 ms for every answer.

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HEAD_SECONDS = 60.0
 # How the log of every job begins, before the job itself has said anything.
 RAYS_OWN_LINES = re.compile(r"^(\S+ \S+\tINFO job_manager\.py.*|Running entrypoint for job .*)\n", re.MULTILINE)
-JOBS = ("pipeline", *STAGES, "serve", "generate", "preflight")
+JOBS = ("pipeline", *STAGES, "search", "serve", "generate", "preflight")
 
 
 def run(config: "Config", options: argparse.Namespace) -> int:

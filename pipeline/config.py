@@ -505,6 +505,46 @@ class ServeConfig:
 
 
 @dataclass(frozen=True)
+class SearchConfig:
+    space: list[str] = setting(
+        [],
+        "what is tried, a text for each dimension: 'train.batch_tokens = 2048 | 4096', 'model.width, model.num_heads ="
+        " 128,2 | 192,3', 'optimizer.muon_learning_rate = log 0.005 .. 0.08' (without log: evenly)",
+    )
+    trials: int = setting(0, "how many points of the space are tried beside the preset itself; 0: all of a finite one")
+    trial_tokens: int = setting(0, "tokens that each trial trains on; 0: as many as the preset")
+    algorithm: str = setting("random", "how points are chosen: random, or optuna (TPE; the extra `search`)")
+    scheduler: str = setting("none", "none: each trial to its end; asha: the worse ones are stopped early")
+    reduction: int = setting(3, "asha: of how many trials one goes on at each rung")
+    concurrent: int = setting(0, "trials at a time; 0: as many as find room on the cluster", affects_result=False)
+    budget_tokens: int = setting(0, "tokens of all trials together; 0: no limit")
+    budget_minutes: float = setting(
+        0.0, "minutes of one start in which points are tried; 0: no limit", affects_result=False
+    )
+    seeds: int = setting(3, "fresh seeds with which the best two and the preset are trained at its size; 0: no truth")
+    widths: int | list[int] = setting(
+        [], "model.width of a ladder of smaller models, to predict the preset's loss from"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "trial_tokens", "concurrent", "budget_tokens", "budget_minutes", "seeds"):
+            require(getattr(self, name) >= 0, f"search.{name} cannot be negative.")
+        _check_choice("search.algorithm", self.algorithm, ("random", "optuna"))
+        _check_choice("search.scheduler", self.scheduler, ("none", "asha"))
+        require(self.reduction >= 2, "search.reduction must be at least 2.")
+        require(self.seeds != 1, "search.seeds must be 0, or 2 and more: one figure has no interval.")
+        widths = self.ladder
+        require(
+            len(set(widths)) == len(widths) != 1 and all(width > 0 for width in widths),
+            "search.widths needs two or more different positive widths, or none.",
+        )
+
+    @property
+    def ladder(self) -> list[int]:
+        return self.widths if isinstance(self.widths, list) else [self.widths]
+
+
+@dataclass(frozen=True)
 class Config:
     name: str = setting("gpt", "the pipeline's name: its folder under storage, its MLflow experiment, its model")
     storage: str = setting("artifacts", "the storage root: a local folder or s3://bucket/prefix", affects_result=False)
@@ -520,6 +560,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     register: RegisterConfig = field(default_factory=RegisterConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
 
     def __post_init__(self) -> None:
         require(
@@ -611,6 +652,20 @@ def build_config(values: Mapping[str, Any]) -> Config:
     top = sections.pop("", {})
     kinds = get_type_hints(Config)
     return Config(**top, **{section: kinds[section](**given) for section, given in sections.items()})
+
+
+def with_settings(config: Config, given: Mapping[str, str]) -> Config:
+    """Return a config with other values, each a text under its dotted key.
+
+    Raises `ValueError` as `load_config` does.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    for key, text in given.items():
+        section, _, name = key.rpartition(".")
+        sections.setdefault(section, {})[name] = _read(key, text)
+    top = sections.pop("", {})
+    changed = {section: dataclasses.replace(getattr(config, section), **values) for section, values in sections.items()}
+    return dataclasses.replace(config, **top, **changed)
 
 
 def _read(key: str, given: Any) -> Any:

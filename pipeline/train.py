@@ -8,7 +8,7 @@ What the stage needs and what it makes; the loop of each worker is training/work
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,13 @@ def settings(config: Config) -> dict[str, Any]:
     }
 
 
-def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Manifest:
-    """Train to the last step, resuming where an earlier run of the same settings stopped."""
+def run(
+    config: Config,
+    inputs: Mapping[str, Artifact],
+    output: Artifact,
+    watch: Callable[[TrainingPlan, Any], None] | None = None,
+) -> Manifest:
+    """Train to the last step, resuming where an earlier run of the same settings stopped; `watch` as for `launch`."""
     if "start" in inputs:
         store_start(config, inputs["start"])
     check_inputs(config, inputs)
@@ -66,7 +71,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
         exam=exam,
     )
     try:
-        result = launch(plan)
+        result = launch(plan, watch)
         manifest = finish(config, plan, result)
     except BaseException as error:
         stopped = isinstance(error, (KeyboardInterrupt, SystemExit))

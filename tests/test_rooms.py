@@ -1,7 +1,7 @@
 """The house keeps its shape: imports run one way, importing does nothing, and what is named is there.
 
 infra ··names··▶ jobs ▶ pipeline ▶ model ▶ torch
-                        verbs ▶ wings ▶ frame; of the wings only training ▶ corpus
+                        verbs ▶ wings ▶ frame; of the wings only training ▶ corpus and search ▶ training
 """
 
 import ast
@@ -68,7 +68,7 @@ FRAME = {
     "preflight",
     "orchestrator",
 }
-WINGS = {"corpus", "training", "evaluation", "serving", "records"}
+WINGS = {"corpus", "training", "evaluation", "search", "serving", "records"}
 MAY_IMPORT = {
     "verb": {"frame", *WINGS},
     "frame": {"frame"},
@@ -78,6 +78,7 @@ MAY_IMPORT = {
     "corpus": {"frame", "corpus"},
     "training": {"frame", "training", "corpus"},
     "evaluation": {"frame", "evaluation"},
+    "search": {"frame", "orchestrator", "lease", "training", "search"},  # a trial is a training, asked for by name
     "serving": {"frame", "serving"},
     "records": {"frame", "records", "corpus", "training", "lease"},  # reads what all have made
 }

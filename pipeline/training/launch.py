@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -28,8 +29,10 @@ RESIZE_SECONDS = {"cpu": 5.0, "cuda": 120.0}
 SILENT_SECONDS = 60.0  # of waiting for workers between two lines that say so
 
 
-def launch(plan: TrainingPlan) -> dict[str, Any]:
+def launch(plan: TrainingPlan, watch: Callable[[TrainingPlan, Any], None] | None = None) -> dict[str, Any]:
     """Train to the last step, restarts included; returns what rank 0 returned.
+
+    `watch` is told the plan and the handle of the `Line` before the workers start: it may read `scores`, and `stop`.
 
     Raises `ValueError` with one sentence for what no restart would mend, and `SystemExit` or `KeyboardInterrupt`
     after a signal, once a checkpoint is written.
@@ -37,6 +40,8 @@ def launch(plan: TrainingPlan) -> dict[str, Any]:
     # Beside the driver: on a worker's node it would die with that node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     line = ray.remote(num_cpus=0)(Line).options(scheduling_strategy=here).remote()
+    if watch is not None:
+        watch(plan, line)
     options = plan.train
     use_gpu = wants_gpu(options)
     fewest, most = options.fewest_workers, options.most_workers
@@ -120,4 +125,6 @@ def attend(trainer: TorchTrainer, line: Any, screen: Screen) -> dict[str, Any]:
         raise SystemExit(128 + caught[0])
     if "error" in outcome:
         raise outcome["error"]
+    if ray.get(line.has_stopped.remote()):
+        raise SystemExit("stopped by whoever watches it")
     return outcome["value"]

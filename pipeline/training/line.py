@@ -23,6 +23,7 @@ class Line:
 
     def __init__(self) -> None:
         self._news: list[News] = []
+        self._scores: list[tuple[int, float]] = []
         self._failures: list[str] = []
         self._failed_starts: list[int] = []  # the step of each start since one got further than the one before
         self._fatal: str | None = None
@@ -37,6 +38,13 @@ class Line:
     def say_step(self, step: int, figures: str, left: str) -> None:
         """Tell of a logged step: its figures, and how long the rest will take."""
         self._news.append(News(figures, step, left))
+
+    def note_score(self, step: int, bits_per_byte: float) -> None:
+        """Note an evaluation on held-out text, for whoever watches the training."""
+        self._scores.append((step, bits_per_byte))
+
+    def scores(self) -> list[tuple[int, float]]:
+        return self._scores
 
     def listen(self) -> list["News"]:
         """Return what was said since the last time."""

@@ -112,6 +112,7 @@ class Report:
             metrics["answers/ended"] = evaluation.ended
         self._tracker.log_metrics(metrics, history.step)
         self._gauges.show(metrics, history.step)
+        self._line.note_score.remote(history.step, score.bits_per_byte)
         words = f"step {history.step:,}: {score.bits_per_byte:.4f} bits per byte on held-out text"
         if sources:
             words += f" ({', '.join(f'{name} {each.bits_per_byte:.4f}' for name, each in sources.items())})"

@@ -39,18 +39,18 @@ def list_artifacts(options: argparse.Namespace) -> None:
         print_json([describe(each, inventory) for each in inventory.stored])
         return
     print(f"{inventory.storage}\n")
-    print(f"{'artifact':<42}{'size':>10}{'age':>9}  {'state':<11}{'needed by':<34}made from")
+    print(f"{'artifact':<42}{'size':>10}{'age':>9}  {'state':<11}{'needed by':<44}made from")
     for each in inventory.stored:
         needs = inventory.needs[each.url]
         needed = (needs[0] + (f" and {len(needs) - 1} more" if len(needs) > 1 else "")) if needs else "-"
         print(
             f"{each.name:<42}{describe_bytes(each.bytes):>10}{describe_age(each.age_days()):>9}  {each.state:<11}"
-            f"{needed:<34}{describe_origin(each)}"
+            f"{needed:<44}{describe_origin(each)}"
         )
     for name, size in inventory.others.items():
         told = "MLflow's own files; `mlflow gc` deletes those of deleted runs" if name == "mlflow" else "not artifacts"
         print(f"{name:<42}{describe_bytes(size):>10}{'':>9}  {told}")
-    print(f"\n{len(inventory.stored)} artifacts, {describe_bytes(bytes_freed(inventory.stored))}")
+    print(f"\n{len(inventory.stored)} artifacts, {describe_bytes(bytes_freed(inventory.stored))} that lie nowhere else")
 
 
 def show_artifact(options: argparse.Namespace) -> None:

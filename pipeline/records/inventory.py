@@ -99,6 +99,8 @@ class Inventory:
 def take_inventory(storage: str, registered: Iterable[Registered] = (), pipeline: str | None = None) -> Inventory:
     """List a root, or one pipeline of it. Raises `ValueError` where there is no such folder."""
     storage = resolve_storage(storage)
+    if pipeline is not None and (pipeline in ("", ".", "..") or "/" in pipeline):
+        raise ValueError(f"{pipeline!r} is no name of a pipeline.")
     filesystem, root = filesystem_of(storage)
     start = root if pipeline is None else f"{root}/{pipeline}"
     if "://" not in storage and not filesystem.isdir(start):

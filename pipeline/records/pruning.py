@@ -39,6 +39,8 @@ class Wish:
     training_state: bool = False  # of finished trainings the checkpoints alone, not the model
 
     def __post_init__(self) -> None:
+        if not (self.older_than_days >= 0 and self.keep >= 0):
+            raise ValueError("An age in days and a number to keep are not below zero.")
         if not (self.older_than_days or self.keep or self.name or self.unfinished):
             raise ValueError("Say what may go: --older-than DAYS, --keep N, --name PATTERN or --unfinished.")
 

@@ -90,6 +90,13 @@ def test_an_artifact_is_found_by_the_beginning_of_its_name(storage: str) -> None
         inventory.find("train-")
 
 
+def test_a_pipelines_name_leads_nowhere_else(storage: str) -> None:
+    fill_store(storage)
+    for name in ("..", "novel/../..", "."):
+        with pytest.raises(ValueError, match="is no name of a pipeline"):
+            take_inventory(storage, pipeline=name)
+
+
 def test_a_root_that_is_not_there_is_said(storage: str) -> None:
     with pytest.raises(ValueError, match="There is no folder"):
         take_inventory(f"{storage}/nowhere")

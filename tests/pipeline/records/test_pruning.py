@@ -92,6 +92,9 @@ def test_a_wish_says_something() -> None:
         Wish()
     with pytest.raises(ValueError, match="Say what may go"):
         Wish(training_state=True)
+    for wrong in ({"older_than_days": -1.0}, {"older_than_days": float("nan")}, {"keep": -1}):
+        with pytest.raises(ValueError, match="not below zero"):
+            Wish(**wrong)
 
 
 def test_a_running_pipeline_keeps_all_of_its_name(any_storage: str) -> None:

@@ -60,7 +60,7 @@ def run(config: Config, options: argparse.Namespace) -> int:
             f"shards         {artifacts['prepare'].url}\n"
             f"loss curve     {artifacts['train'].url}/loss.png\n"
             f"MLflow run     {mlflow_address}/{registry.place_of_run(trained['mlflow_run_id'])}\n"
-            f"model version  {mlflow_address}/#/models/{facts['model_name']}/versions/{facts['version']}\n"
+            f"model version  {mlflow_address}/{registry.place_of_version(facts['model_name'], facts['version'])}\n"
             f"playground     {address}/{'?talk' if talks else ''}\n"
             f"API            {address}/v1/{'chat/' if talks else ''}completions\n"
             f"next           {name_command('serve', options)}\n\n"

@@ -23,8 +23,10 @@ from pipeline.artifacts import Artifact, FileRecord, Manifest
 from pipeline.config import Config, result_settings
 from pipeline.corpus.shards import holds_conversations
 from pipeline.evaluation import report
+from pipeline.evaluation.model_card import Facts, write_card
 from pipeline.evaluation.spread import Place, ask, load
 from pipeline.evaluation.tasks import load_task, parse_entries
+from pipeline.records.lab_book import write_note
 from pipeline.registry import PROBE_TAG, measure_probe
 from pipeline.training.resources import set_threads, wants_gpu, worker_resources
 from pipeline.training.samples import share_that_ends, write_samples
@@ -68,7 +70,10 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
     figures |= {f"{group}/{name}": result[group][name] for group, name in GROUPED if group in result}
     figures |= {f"{name}/bits_per_byte": each["bits_per_byte"] for name, each in result.get("sources", {}).items()}
     figures |= report.name_metrics(result.get("tasks", {}))
-    log_evaluation(tracking.find_run(config, inputs["train"]), output.fingerprint, figures, contents)
+    run_id = tracking.find_run(config, inputs["train"])
+    log_evaluation(run_id, output.fingerprint, figures, contents)
+    card = write_card(Facts.of(config, inputs["prepare"], trained, output))
+    mlflow.MlflowClient().set_tag(run_id, tracking.NOTE_TAG, write_note(card, run_id))
     counts = {name: value for name, value in result.items() if name not in ("samples", "tasks")}
     if tasks:
         counts["tasks"] = {

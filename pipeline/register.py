@@ -7,6 +7,7 @@ A version is its weights: registering them again adds to it. What a gate refuses
 
 import hashlib
 import json
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -32,10 +33,12 @@ from pipeline.evaluation.model_card import README, Facts, summarise_card, write_
 from pipeline.evaluation.report import read_outcomes
 from pipeline.evaluation.spread import Place, Version, score_documents
 from pipeline.registry import GATE_TAG, PROBE_TAG, REFUSED_TAG
+from pipeline.tracking import tell_settings
 from pipeline.training.resources import wants_gpu, worker_resources
 
 FORMAT_VERSION = 1
 WEIGHTS_TAG = "weights_digest"
+LONGEST_MODEL_PARAMETER = 250  # characters; MLflow refuses more
 SUPERSEDED_TAG = "superseded_by"  # of a version that had the alias: which one took it
 
 SIGNATURE = ModelSignature(
@@ -280,14 +283,17 @@ def log_version(
             # MLflow wishes for type hints and an example, past any filter; hints would override the signature.
             warnings.showwarning = lambda *_, **__: None
             logged = mlflow.pyfunc.log_model(
-                name="model",
+                name=re.sub(r"[/:.%\"']", "-", name),  # what MLflow refuses in a name
                 python_model=str(Path(__file__).parent / "serving" / "pyfunc.py"),
                 artifacts={"checkpoint": str(checkpoint)},
                 code_paths=[str(Path(str(model.__file__)).parent)],
                 signature=SIGNATURE,
                 pip_requirements=["torch", "tiktoken", "tokenizers", "safetensors", "numpy"],
                 metadata=tags,
+                params={key: str(value)[:LONGEST_MODEL_PARAMETER] for key, value in tell_settings(config).items()},
             )
+            # The figure stands with the model too, where MLflow's page of models compares them.
+            mlflow.log_metrics({"registered/bits_per_byte": float(tags["bits_per_byte"])}, model_id=logged.model_id)
     share_weights(train, trained, str(client.get_logged_model(logged.model_id).artifact_location))
     try:
         client.create_registered_model(name)

@@ -31,6 +31,8 @@ CURVES = {  # what the card calls it -> the metric of the training's run
     "validation loss": "validation/loss",
     "bits per byte": "validation/bits_per_byte",
 }
+# MLflow's pages open as those of generative AI, whatever the experiment's kind, unless the address says otherwise.
+AS_TRAINING = "?workflowType=machine_learning"
 PROBE_TAG = "probe_text_bits_per_byte"
 GATE_TAG = "gate_reason"  # of a version: why it took the alias, or did not
 REFUSED_TAG = "refused_challenger"  # of the version that kept the alias: what was refused last, and why
@@ -230,7 +232,12 @@ def link_run(run_id: str, mlflow_pages: str = "") -> dict[str, str]:
 
 def place_of_run(run_id: str) -> str:
     """The path of a run's page on any server that shows this store."""
-    return f"#/experiments/{mlflow.MlflowClient().get_run(run_id).info.experiment_id}/runs/{run_id}"
+    return f"#/experiments/{mlflow.MlflowClient().get_run(run_id).info.experiment_id}/runs/{run_id}{AS_TRAINING}"
+
+
+def place_of_version(name: str, version: str) -> str:
+    """The path of a registered version's page."""
+    return f"#/models/{name}/versions/{version}{AS_TRAINING}"
 
 
 def _nothing_found(client: mlflow.MlflowClient, name: str, selector: str) -> str:

@@ -5,6 +5,8 @@ run_id = tracking.open_run(config, ...)        # a new run, or the old one of a 
 """
 
 import dataclasses
+import getpass
+import json
 import logging
 import os
 import re
@@ -25,6 +27,25 @@ from pipeline.config import Config
 logger = logging.getLogger(__name__)
 
 LONGEST_PARAMETER = 6000  # characters; MLflow refuses more
+# What MLflow's pages read of an experiment: model training, not generative AI, and which figure matters.
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.experiment.primaryMetric.name": "validation/bits_per_byte",
+    "mlflow.experiment.primaryMetric.greaterIsBetter": "False",
+}
+NOTE_TAG = "mlflow.note.content"  # a run's description, in Markdown
+PARENT_TAG = "mlflow.parentRunId"
+LONGEST_NOTE = 8000  # characters, as of any tag in MLflow's database
+# The parameters that every run has; others have those that differ from the defaults. All are in its config.yaml.
+TOLD_SETTINGS = (
+    *("seed", "source.kind", "tokenizer.kind", "tokenizer.vocabulary_size"),
+    *("model.family", "model.num_layers", "model.width", "model.num_heads", "model.context_length"),
+    *("optimizer.kind", "optimizer.learning_rate", "optimizer.schedule"),
+    *("train.steps", "train.batch_tokens", "train.num_workers", "train.precision"),
+)
+OF_THE_SERVICE = ("serve", "register", "evaluate")  # sections that say nothing of a training
+# What a data set is to a run, in the words of MLflow's pages.
+DATA_CONTEXTS = {"prepare": "training", "tokenizer": "tokenizer", "start": "start"}
 
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -67,13 +88,12 @@ def connect(config: Config) -> str:
         client = mlflow.MlflowClient(tracking_uri=uri)
         experiment = client.get_experiment_by_name(config.name)
         if experiment is None:
-            try:
-                client.create_experiment(config.name, artifact_location=artifact_root)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # somebody else was first
-                    raise
+            _create_experiment(client, config.name, artifact_root)
         elif experiment.lifecycle_stage == "deleted":
             client.restore_experiment(experiment.experiment_id)
+        elif "mlflow.experimentKind" not in experiment.tags:
+            for key, value in EXPERIMENT_TAGS.items():
+                client.set_experiment_tag(experiment.experiment_id, key, value)
         mlflow.set_experiment(config.name)
     except (MlflowException, SQLAlchemyError) as error:
         # Waiting frees no disk.
@@ -81,6 +101,31 @@ def connect(config: Config) -> str:
         raise kind(explain_trouble(error, uri)) from None
     _answered.add(uri)
     return uri
+
+
+def _create_experiment(client: Any, name: str, artifact_root: str | None) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_experiment(name, artifact_location=artifact_root, tags=EXPERIMENT_TAGS)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # somebody else was first
+            raise
+
+
+def open_data_experiment(config: Config) -> str:
+    """The id of the experiment that holds what is known of a pipeline's data, apart from its trainings."""
+    import mlflow
+
+    client, name = mlflow.MlflowClient(), f"{config.name} data"
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        is_ours = not os.environ.get("MLFLOW_TRACKING_URI")
+        _create_experiment(client, name, f"{resolve_storage(config.storage)}/mlflow" if is_ours else None)
+        found = client.get_experiment_by_name(name)
+    elif found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return str(found.experiment_id)
 
 
 def is_outage(error: BaseException | None) -> bool:
@@ -226,7 +271,7 @@ def open_run(
     its command line.
     """
     import mlflow
-    from mlflow.entities import Dataset, DatasetInput, Param
+    from mlflow.entities import Param
 
     client = mlflow.MlflowClient()
     if run_id is not None and revive_run(run_id):
@@ -236,19 +281,70 @@ def open_run(
     experiment = client.get_experiment_by_name(config.name)
     assert experiment is not None, "connect() makes it"
     tags = {"mlflow.source.name": "jobs.train", "mlflow.source.type": "JOB", "command": command_line()} | git_tags()
+    tags["mlflow.user"] = user_name()
     run = client.create_run(experiment.experiment_id, run_name=name, tags=tags)
-    settings = flatten(dataclasses.asdict(config)) | dict(facts)
+    settings = tell_settings(config) | dict(facts)
     params = [Param(key, str(value)[:LONGEST_PARAMETER]) for key, value in settings.items()]
     for start in range(0, len(params), 100):
         client.log_batch(run.info.run_id, params=params[start : start + 100])
-    client.log_inputs(
-        run.info.run_id,
-        datasets=[
-            DatasetInput(Dataset(name=stage, digest=artifact.fingerprint, source_type="url", source=artifact.url))
-            for stage, artifact in data.items()
-        ],
-    )
+    client.log_inputs(run.info.run_id, datasets=[_describe_data(stage, artifact) for stage, artifact in data.items()])
     return str(run.info.run_id)
+
+
+def tell_settings(config: Config) -> dict[str, Any]:
+    """The few settings that a person looks for: what every training is asked for, and what was chosen for this one."""
+    usual, told = flatten(dataclasses.asdict(Config())), {}
+    for key, value in flatten(dataclasses.asdict(config)).items():
+        chosen = value != usual.get(key) and "." in key and key.partition(".")[0] not in OF_THE_SERVICE
+        if key in TOLD_SETTINGS or chosen:
+            told[key] = value
+    return told
+
+
+def read_settings(run_id: str) -> dict[str, str]:
+    """All settings of a training's run, and its parameters; none where MLflow does not know it."""
+    import mlflow
+    import yaml
+    from mlflow.exceptions import MlflowException
+
+    if not run_id:
+        return {}
+    try:
+        told = dict(mlflow.MlflowClient().get_run(run_id).data.params)
+    except MlflowException:
+        return {}
+    try:
+        whole = yaml.safe_load(mlflow.artifacts.load_text(f"runs:/{run_id}/config.yaml"))
+    except (MlflowException, OSError, yaml.YAMLError):  # it has none, or not yet
+        return told
+    return {key: str(value) for key, value in flatten(whole).items()} | told
+
+
+def user_name() -> str:
+    """Who starts this: MLflow's own name of the user where there is one, else the system's."""
+    try:
+        return os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()
+    except (KeyError, OSError):  # a container's user id without a name
+        return f"user {os.getuid()}"
+
+
+def _describe_data(stage: str, artifact: Artifact) -> Any:
+    """An artifact as one of MLflow's data sets, with what its page shows: where it lies, and how large it is."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    manifest = artifact.any_manifest()
+    split = {} if manifest is None else manifest.counts.get("train", {})
+    counts = {name: split[name] for name in ("documents", "tokens", "bytes") if name in split}
+    scheme = artifact.url.partition("://")[0] if "://" in artifact.url else "local"
+    dataset = Dataset(
+        name=stage,
+        digest=artifact.fingerprint,
+        source_type=scheme,
+        source=json.dumps({"uri": artifact.url}),
+        schema=json.dumps({"mlflow_colspec": [{"name": "tokens", "type": "long"}]}) if stage == "prepare" else None,
+        profile=json.dumps(counts) if counts else None,
+    )
+    return DatasetInput(dataset, tags=[InputTag("mlflow.data.context", DATA_CONTEXTS.get(stage, stage))])
 
 
 def revive_run(run_id: str) -> bool:

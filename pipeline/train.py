@@ -23,6 +23,7 @@ from pipeline.corpus.mixing import MIX
 from pipeline.evaluation.exam import choose_exam
 from pipeline.evaluation.model_card import README, Facts, write_card
 from pipeline.evaluation.tasks import parse_entries
+from pipeline.records.lab_book import name_run, write_note
 from pipeline.training.checkpoints import CheckpointStore
 from pipeline.training.extend import RUN_FILE, begin_from, suggest
 from pipeline.training.history import FILE as HISTORY
@@ -146,8 +147,8 @@ def open_run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -
         run_id = tracking.open_run(
             config,
             known.get("mlflow_run_id"),
-            name=output.url.rpartition("/")[2],
-            data={name: artifact for name, artifact in inputs.items() if name in ("tokenizer", "prepare", "start")},
+            name=config.train.run or name_run(config),
+            data={name: inputs[name] for name in ("prepare", "tokenizer", "start") if name in inputs},
             facts={"artifact": output.url, "fingerprint": output.fingerprint},
         )
     except ValueError as error:
@@ -159,6 +160,8 @@ def open_run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -
         tags = describe_start(config, inputs)
         if "extended" in known:
             tags["extended"] = known["extended"]
+        if "start_run_id" in tags:
+            tags[tracking.PARENT_TAG] = tags["start_run_id"]  # a fine-tuning stands under the run that it began from
         known = {
             "mlflow_run_id": run_id,
             "fingerprint": output.fingerprint,
@@ -167,8 +170,11 @@ def open_run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -
             "started": known.get("started", time.time()),
         }
         output.write_text(RUN_FILE, json.dumps(known, indent=1))
+        shards = inputs["prepare"].manifest()
+        assert shards is not None
+        card = write_card(Facts(config, {}, shards.counts, {}, shards.fingerprint, output.fingerprint))
         with Tracker(tracking_uri, run_id) as tracker:
-            tracker.log_tags(tags)
+            tracker.log_tags(tags | {tracking.NOTE_TAG: write_note(card)})
             tracker.log_text("config.yaml", to_yaml(config))
             tracker.flush(timeout_seconds=30)
     return known | {"tracking_uri": tracking_uri}
@@ -218,12 +224,14 @@ def finish(config: Config, plan: TrainingPlan, result: dict[str, Any]) -> Manife
     shards = plan.shards.manifest()
     assert shards is not None
     facts = Facts(config, counts, shards.counts, {}, shards.fingerprint, output.fingerprint)
-    files[f"checkpoint/{README}"] = output.write_text(f"checkpoint/{README}", write_card(facts))
+    card = write_card(facts)
+    files[f"checkpoint/{README}"] = output.write_text(f"checkpoint/{README}", card)
     picture = history.draw(config.name)
     files["loss.png"] = output.write_bytes("loss.png", picture)
     files["config.yaml"] = output.write_text("config.yaml", to_yaml(config))
     with Tracker(plan.tracking_uri, plan.mlflow_run_id, unsent=result["unsent"], resumed=True) as tracker:
         tracker.log_drawing("loss.png", lambda: picture)
+        tracker.log_tags({tracking.NOTE_TAG: write_note(card, plan.mlflow_run_id)})
         if not tracker.flush(timeout_seconds=60 * config.train.mlflow_patience_minutes):
             output.write_text("unsent.json", json.dumps(tracker.unsent()))
             print(f"MLflow did not answer; what it has not taken lies in {output.url}/unsent.json", flush=True)

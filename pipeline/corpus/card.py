@@ -114,8 +114,16 @@ def log_to_mlflow(config: Config, output: Artifact, manifest: Manifest, card: Ma
         with tempfile.TemporaryDirectory() as folder:
             for name, content in card.items():
                 (Path(folder) / name).write_bytes(content)
+            split = manifest.counts["train"]
             with mlflow.start_run(
-                run_name=f"data {output.fingerprint[:8]}", tags={"stage": "prepare", "url": output.url}
+                experiment_id=tracking.open_data_experiment(config),
+                run_name=f"{config.source.kind} {split['documents']:,} documents, {split['tokens']:,} tokens",
+                tags={
+                    "stage": "prepare",
+                    "url": output.url,
+                    "fingerprint": output.fingerprint,
+                    tracking.NOTE_TAG: card["README.md"].decode()[: tracking.LONGEST_NOTE],
+                },
             ):
                 for split in ("train", "val"):
                     mlflow.log_metrics({f"{split}_{name}": value for name, value in manifest.counts[split].items()})

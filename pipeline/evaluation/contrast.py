@@ -13,7 +13,6 @@ from typing import Any
 
 import mlflow
 import torch
-from mlflow.exceptions import MlflowException
 
 from model.checkpoint import load_model
 from model.generation import complete
@@ -22,7 +21,7 @@ from model.likelihood import encode_requests, score
 from model.sampling import SamplingSettings
 from model.scoring import bits_per_byte
 from model.tokenizer import Tokenizer, load_tokenizer
-from pipeline import registry
+from pipeline import registry, tracking
 from pipeline.artifacts import Artifact, expand_home
 from pipeline.config import Config
 from pipeline.evaluation.comparison import Change, Gain, compare_outcomes, measure_gain
@@ -83,15 +82,15 @@ def find_side(config: Config, name: str, device: str = "cpu") -> Side:
         trained = dataclasses.replace(trained, fingerprint=manifest.fingerprint)
         model, tokenizer = load(trained, device)
         run_id = str(manifest.counts.get("mlflow_run_id", ""))
-        return Side(name, model, tokenizer, _describe_model(model) | _read_settings(run_id))
+        return Side(name, model, tokenizer, _describe_model(model) | tracking.read_settings(run_id))
     if len(name) == 32 and set(name) <= set("0123456789abcdef"):
-        url = _read_settings(name).get("artifact")
+        url = tracking.read_settings(name).get("artifact")
         if url is None:
             raise ValueError(f"MLflow has no run {name} of a training here.")
         return dataclasses.replace(find_side(config, url, device), name=name)
     record = registry.resolve(config.registered_name, name)
     model, tokenizer = load(Version(record, mlflow.get_tracking_uri()), device)
-    described = _describe_model(model) | _read_settings(record.run_id)
+    described = _describe_model(model) | tracking.read_settings(record.run_id)
     return Side(f"{record.name} version {record.version}", model, tokenizer, described)
 
 
@@ -147,14 +146,6 @@ def _compare_task(first: Side, second: Side, task: Task, precision: torch.dtype)
 def _describe_model(model: GPT) -> dict[str, str]:
     facts: dict[str, Any] = dataclasses.asdict(model.config) | {"vocabulary": model.vocab_size}
     return {f"model.{key}": str(value) for key, value in facts.items()}
-
-
-def _read_settings(run_id: str) -> dict[str, str]:
-    """The parameters of a training's run; none where MLflow does not know it."""
-    try:
-        return dict(mlflow.MlflowClient().get_run(run_id).data.params) if run_id else {}
-    except MlflowException:
-        return {}
 
 
 # Showing ----------------------------------------------------------------------------------------------------------

@@ -181,7 +181,7 @@ def test_after_a_run_the_terminal_says_where_mlflow_shows_it(tmp_path, monkeypat
     with mlflow.start_run(experiment_id="0") as active:  # another test may have chosen one
         run_id = active.info.run_id
     told = where_mlflow_shows(config, run_id)
-    assert f"/#/experiments/0/runs/{run_id} once this runs:" in told
+    assert f"/#/experiments/0/runs/{run_id}?workflowType=machine_learning once this runs:" in told
     command_line = shlex.split(told.splitlines()[1])
     assert command_line == [
         "python",

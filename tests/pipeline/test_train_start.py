@@ -10,11 +10,12 @@ from typing import Any
 
 import httpx
 import mlflow
+import pyarrow.parquet
 import pytest
 import torch
 import transformers
 
-from model.chat import CHAT_TEMPLATE
+from model.chat import CHAT_TEMPLATE, load_template
 from model.checkpoint import load_model
 from model.tokenizer import load_tokenizer
 from pipeline import orchestrator, train
@@ -24,6 +25,8 @@ from pipeline.training import launch
 from pipeline.training.extend import find_finished
 from pipeline.training.start import load_started_config, store_start
 from tests.mlflow_store import point_mlflow_at
+from tests.model.tiny_folders import write_folder
+from tests.model.tiny_tokenizers import CHATML, write_tokenizer
 from tests.pipeline.tiny_registry import tiny_tokenizer
 from tests.pipeline.tiny_start import PADDING, write_start
 from tests.pipeline.tiny_training import SETTINGS, Training, dying_worker, start_training, tiny_inputs
@@ -135,6 +138,33 @@ def test_it_is_served_and_talks(endpoint: httpx.Client) -> None:
     told = endpoint.post("/v1/chat/completions", json={"model": "small", "messages": messages, "max_tokens": 8})
     assert told.status_code == 200, told.text
     assert told.json()["choices"][0]["message"]["role"] == "assistant"
+
+
+def test_conversations_are_learnt_in_the_starts_own_template_and_vocabulary(ray_session: None, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    write_folder(start, "llama3", vocab_size=500)
+    write_tokenizer(start, "smollm2", chat_template=CHATML)
+    asked = [
+        [{"role": "user", "content": f"How many stars, {name}?"}, {"role": "assistant", "content": f"{number} stars."}]
+        for number, name in enumerate(["fox", "owl", "hare"] * 30)
+    ]
+    rows = tmp_path / "talk.jsonl"
+    rows.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in asked), encoding="utf-8")
+    settings = [setting for setting in SMALL if not setting.startswith("source.")]
+    settings += ["source.kind=conversations", f"source.paths=[{rows}]", f"storage={tmp_path}", f"start.model={start}"]
+    config = load_started_config(None, settings)
+    orchestrator.run(config)
+    artifacts = orchestrator.locate(config)
+    theirs = transformers.AutoTokenizer.from_pretrained(start)
+    expected = {tuple(theirs.apply_chat_template(messages)["input_ids"]) for messages in asked}
+    assert artifacts["prepare"].read_text("chat_template.jinja") == CHATML
+    shards = [name for name in artifacts["prepare"].list_files() if name.startswith("train/")]
+    found = pyarrow.parquet.read_table(artifacts["prepare"].file(shards[0]))["tokens"].to_pylist()
+    assert {tuple(tokens) for tokens in found} <= expected
+    checkpoint = Path(artifacts["train"].path) / "checkpoint"
+    assert (checkpoint / "tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
+    assert transformers.AutoTokenizer.from_pretrained(checkpoint).chat_template == CHATML
+    assert load_template(checkpoint) is not None
 
 
 # Through a kill -----------------------------------------------------------------------------------------------------

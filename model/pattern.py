@@ -12,29 +12,32 @@ from functools import cache
 
 import tiktoken
 
-# How text is split before merging. Both end a piece wherever a single space stands before a word.
+# GPT-4's, with numbers in as many digits as are put in: what tells the patterns of most models apart.
+_GPT4 = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}DIGITS| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+# How text is split before merging. Each ends a piece wherever a single space stands before a word.
 PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
-    # GPT-4's, with numbers in twos: a small vocabulary has no room for a thousand of three digits.
-    "gpt4": (
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-        r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-    ),
+    # In twos: a small vocabulary has no room for a thousand of three digits.
+    "gpt4": _GPT4.replace("DIGITS", "{1,2}"),
+    # Under these names llama.cpp splits so, as it does under gpt-2; the one with twos it does not know (model/gguf.py).
+    "llama-bpe": _GPT4.replace("DIGITS", "{1,3}"),
+    "qwen2": _GPT4.replace("DIGITS", ""),
 }
-# tiktoken's cl100k_base and o200k_base, as `named_tokenizer` spells them.
-LARGE_PATTERNS = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+# tiktoken's o200k_base, as `named_tokenizer` spells it; cl100k_base has that of llama-bpe.
+O200K_PATTERN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 CHARACTER_PATTERN = r"[\s\S]"
 
 # Every pattern here ends so: of a run of white space before a word, all but the last character are one piece.
 LOOKAHEADS = (r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s", r"|\s++$|\s+(?!\S)|\s", r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 SIMPLER = (r"|\s+$|\s*[\r\n]|\s{3,}|\s", r"|\s+$|\s{3,}|\s", r"|\s*[\r\n]+|\s+$|\s{3,}|\s")
-KNOWN_PATTERNS = (*PATTERNS.values(), *LARGE_PATTERNS, CHARACTER_PATTERN)
+KNOWN_PATTERNS = (*PATTERNS.values(), O200K_PATTERN, CHARACTER_PATTERN)
 
 # Longer texts are encoded in parts, because a text may be as large as the memory.
 PART_CHARACTERS = 32_768
@@ -148,7 +151,7 @@ def simplify_pattern(pattern: str) -> str | None:
     piece, by whose tokens it is noticed (`_with_long_spaces`). In the patterns known here no repetition could give
     back anything with which the rest of its part would match, so possession changes nothing.
     """
-    if pattern not in (*PATTERNS.values(), *LARGE_PATTERNS):
+    if pattern not in (*PATTERNS.values(), O200K_PATTERN):
         return None
     for ending, simpler in zip(LOOKAHEADS, SIMPLER, strict=True):
         if pattern.endswith(ending):

@@ -166,7 +166,11 @@ class TokenizerConfig:
         " is the default with one",
     )
     vocabulary_size: int = setting(8192, "for bpe and char: the number of tokens, special and byte tokens included")
-    pattern: str = setting("gpt4", "for bpe: how text is split before merging: gpt2, gpt4 or a regular expression")
+    pattern: str = setting(
+        "gpt4",
+        "for bpe: how text is split before merging: gpt4, or one that llama.cpp knows (llama-bpe, qwen2, gpt2), or a"
+        " regular expression",
+    )
     sample_megabytes: int = setting(200, "for bpe and char: how much of the corpus is read to learn the vocabulary")
 
     def __post_init__(self) -> None:

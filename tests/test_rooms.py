@@ -68,7 +68,7 @@ FRAME = {
     "preflight",
     "orchestrator",
 }
-WINGS = {"corpus", "training", "evaluation", "search", "serving", "records"}
+WINGS = {"corpus", "training", "evaluation", "search", "serving", "records", "export"}
 MAY_IMPORT = {
     "verb": {"frame", *WINGS},
     "frame": {"frame"},
@@ -81,6 +81,7 @@ MAY_IMPORT = {
     "search": {"frame", "orchestrator", "lease", "training", "search"},  # a trial is a training, asked for by name
     "serving": {"frame", "serving"},
     "records": {"frame", "records", "corpus", "training", "lease"},  # reads what all have made
+    "export": {"frame", "export"},
 }
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from model.chat import CHAT_TEMPLATE, MARKER, ForeignTemplate, OwnTemplate, encode, open_template
 from model.foreign_template import TemplateProcess
-from model.pattern import LARGE_PATTERNS, PATTERNS
+from model.pattern import O200K_PATTERN, PATTERNS
 from model.tokenizer import END_OF_TEXT, Tokenizer, build_char, train_bpe
 
 TALK = [
@@ -43,7 +43,7 @@ FORGED = [
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     if request.param == "char":
         return build_char(CORPUS, 300)
-    return train_bpe(CORPUS, 400, {**PATTERNS, "o200k": LARGE_PATTERNS[1]}[request.param])
+    return train_bpe(CORPUS, 400, {**PATTERNS, "o200k": O200K_PATTERN}[request.param])
 
 
 def contents() -> st.SearchStrategy[str]:

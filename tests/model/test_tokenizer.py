@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from model.pattern import (
     KNOWN_PATTERNS,
-    LARGE_PATTERNS,
+    O200K_PATTERN,
     PART_CHARACTERS,
     PATTERNS,
     check_pattern,
@@ -61,7 +61,7 @@ ODD_TEXTS = [
 EVERY_CHARACTER = "".join(chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
 
 
-ALL_PATTERNS = {**PATTERNS, "cl100k": LARGE_PATTERNS[0], "o200k": LARGE_PATTERNS[1]}
+ALL_PATTERNS = {**PATTERNS, "o200k": O200K_PATTERN}
 
 
 @pytest.fixture(scope="module", params=[*ALL_PATTERNS, "char"])

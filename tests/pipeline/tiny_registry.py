@@ -10,6 +10,7 @@ import torch
 from model.chat import save_template
 from model.checkpoint import save_model
 from model.gpt import GPT, ModelConfig
+from model.pattern import PATTERNS
 from model.tokenizer import Tokenizer, train_bpe
 from pipeline import registry
 from tests.mlflow_store import point_mlflow_at
@@ -33,10 +34,11 @@ class TinyRegistry:
         context_length: int = 128,
         chat_template: str = "",
         width: int = 32,
+        pattern: str = "gpt4",
     ) -> str:
         """Register random weights; a `probe_shift` makes the registry's figure for them wrong by so much."""
         torch.manual_seed(seed)
-        tokenizer = tiny_tokenizer()
+        tokenizer = train_bpe(TEXT, 400, PATTERNS[pattern])
         config = ModelConfig(
             family="modern", num_layers=2, width=width, num_heads=2, context_length=context_length, dropout=0.0
         )

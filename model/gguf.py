@@ -66,7 +66,8 @@ GENERATION_TAGS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # for train
 
 def find_pattern(tokenizer: Tokenizer) -> str:
     """Return the name under which llama.cpp gives a text the same ids; raises `ValueError` where there is none."""
-    texts = [tokenizer.normalise(text) for text in (*probes(), *_own_probes(tokenizer))]
+    # As their tokens spell them: llama.cpp does not normalise.
+    texts = [tokenizer.spell(text).decode(errors="ignore") for text in (*probes(), *_own_probes(tokenizer))]
     wanted = [ids.tolist() for ids in tokenizer.encode_all(texts)]
     facts = json.loads(tokenizer.files()[TOKENIZER_FILE])
     nearest: tuple[int, str] = (-1, "")

@@ -179,7 +179,7 @@ def test_llama_cpp_reads_the_same_ids_and_says_the_same_token(tmp_path: Path, sh
             if said != int(logits.argmax()):
                 margins.append(float(logits.max() - logits[said]))
         # The weights' rounding alone may turn a near tie; logits go from about -10 to 10 here.
-        assert len(margins) <= (1 if kind == "f16" else 3), margins
+        assert len(margins) <= (1 if kind == "f16" else 6), margins
         assert max(margins, default=0.0) < (0.01 if kind == "f16" else 0.5)
 
 

@@ -442,8 +442,7 @@ def load_template_of(artifact: Artifact) -> ChatTemplate:
 @lru_cache(maxsize=2)
 def _load(url: str, artifact: Artifact) -> tuple[Tokenizer, ChatTemplate]:
     with tempfile.TemporaryDirectory() as temporary:
-        folder = artifact.download(Path(temporary))
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder := artifact.download(Path(temporary)))
         return tokenizer, load_template(folder) or open_template(CHAT_TEMPLATE, tokenizer.template_names)
 
 

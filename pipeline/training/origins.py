@@ -17,17 +17,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from model.checkpoint import INDEX
+from model.vocabulary import FILES
 from pipeline.artifacts import Artifact, expand_home, filesystem_of, record_file
 from pipeline.config import Config
 
 # What a start's folder holds beside its weights: what it says of itself, its tokenizer and how it talks.
 CONFIG = "config.json"
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja"),
-)
+TOKENIZER_FILES = (*FILES, "tokenizer.model", "spiece.model")  # those two cannot be read, which is said
 SMALL_FILES = (CONFIG, "generation_config.json", *TOKENIZER_FILES)
-WEIGHT_FILES = ("model*.safetensors",)
+WEIGHT_FILES = ("model*.safetensors", INDEX)
 # A pickle is never fetched; that it is there says why a folder has no weights that can be read.
 PICKLES = ("pytorch_model*.bin",)
 

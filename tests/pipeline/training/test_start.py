@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
+from model.checkpoint import read_weights, weight_files
 from model.tokenizer import Tokenizer
 from pipeline import orchestrator
 from pipeline.config import Config, load_config, to_yaml
@@ -203,6 +205,21 @@ def test_a_changed_start_is_never_copied_under_the_old_digest(gpt2: Path, tokeni
     with pytest.raises(ValueError, match="has changed while it was read"):
         store_start(config, artifact(config))
     assert not artifact(config).is_done
+
+
+def test_weights_in_several_files_are_those_that_their_index_lists(qwen3: Path, tmp_path: Path):
+    folder = tmp_path / "start"
+    shutil.copytree(qwen3, folder)
+    transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    stale = next(folder.glob("model-*.safetensors"))
+    shutil.copy(stale, folder / "model-00099-of-00099.safetensors")
+    config = started(folder, tmp_path)
+    store_start(config, artifact(config))
+    copied = fetch_start(artifact(config), tmp_path / "unused", weights=True)
+    assert read_weights(copied).keys() == read_weights(folder).keys()
+    assert copied / "model-00099-of-00099.safetensors" not in weight_files(copied)
+    assert len(weight_files(copied)) > 1
 
 
 @pytest.fixture(scope="module")

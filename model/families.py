@@ -81,6 +81,7 @@ HARMLESS = {
     *("output_attentions", "output_hidden_states", "use_bfloat16", "chunk_size_feed_forward", "is_decoder"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class"),
     *("prefix", "task_specific_params", "problem_type", "finetuning_task", "id2label", "label2id", "num_labels"),
+    *("_num_labels", "output_past", "n_special", "predict_special_tokens", "max_sequence_length"),
     *("_attn_implementation_autoset", "_attn_implementation", "attn_implementation"),
     # How `transformers` 4 generates, which it also wrote here.
     *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "temperature"),

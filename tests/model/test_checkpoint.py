@@ -234,7 +234,9 @@ def test_every_setting_that_says_how_large_a_model_is_must_be_there(shape: str, 
 
 def test_what_is_null_or_harmless_is_accepted(tmp_path: Path) -> None:
     save_model(tmp_path / "classic", random_model(SHAPES["classic"]))
-    change_config(tmp_path / "classic", {"add_cross_attention": None, "reorder_and_upcast_attn": True})
+    change_config(
+        tmp_path / "classic", {"add_cross_attention": None, "reorder_and_upcast_attn": True, "_num_labels": 1}
+    )
     assert load_config(tmp_path / "classic")[0].mlp_channels == SHAPES["classic"].mlp_channels
     save_model(tmp_path / "modern", random_model(SHAPES["modern"]))
     change_config(tmp_path / "modern", {"rope_scaling": None, "layer_types": ["full_attention"] * 2})

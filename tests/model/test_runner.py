@@ -23,6 +23,21 @@ SHAPES = {
     "modern odd": ModelConfig(
         num_layers=2, width=72, num_heads=6, num_kv_heads=2, head_dim=20, mlp_width=100, context_length=CONTEXT
     ),
+    "llama with biases": ModelConfig(
+        num_layers=2,
+        width=72,
+        num_heads=6,
+        num_kv_heads=2,
+        mlp_width=100,
+        context_length=CONTEXT,
+        qk_norm=False,
+        attention_bias="all",
+        mlp_bias=True,
+        norm_epsilon=1e-3,
+        rope_scaling="llama3",
+        rope_factor=8.0,
+        rope_original_context=32,
+    ),
     "modern one key head": ModelConfig(num_layers=1, width=64, num_heads=8, num_kv_heads=1, context_length=CONTEXT),
     "classic": ModelConfig(family="classic", num_layers=2, width=48, num_heads=2, context_length=CONTEXT),
     "classic odd": ModelConfig(

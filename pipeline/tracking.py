@@ -287,8 +287,15 @@ def open_run(
     params = [Param(key, str(value)[:LONGEST_PARAMETER]) for key, value in settings.items()]
     for start in range(0, len(params), 100):
         client.log_batch(run.info.run_id, params=params[start : start + 100])
-    client.log_inputs(run.info.run_id, datasets=[_describe_data(stage, artifact) for stage, artifact in data.items()])
+    log_data(str(run.info.run_id), data)
     return str(run.info.run_id)
+
+
+def log_data(run_id: str, data: Mapping[str, Artifact]) -> None:
+    """Say which data a run reads. MLflow fails where two runs are the first to name the same data at once."""
+    import mlflow
+
+    mlflow.MlflowClient().log_inputs(run_id, datasets=[_describe_data(stage, each) for stage, each in data.items()])
 
 
 def tell_settings(config: Config) -> dict[str, Any]:

@@ -20,11 +20,18 @@ class Rung:
 
 
 def plan_ladder(config: Config, vocab_size: int) -> list[Rung]:
-    """Plan one training for each of `search.widths`; raises `ValueError` for a width that the heads do not divide."""
+    """Plan one training for each of `search.widths`: heads keep their size and become fewer.
+
+    Raises `ValueError` for a width that is not below the preset's, or no whole number of heads.
+    """
     model = config.model
     full = count_parameters(model, vocab_size)
     rungs = []
     for width in sorted(config.search.ladder):
+        require(
+            width < model.width,
+            f"search.widths: {width} is not below the preset's {model.width}; nothing is predicted from itself.",
+        )
         require(
             width % model.channels_per_head == 0,
             f"search.widths: {width} is no multiple of a head's {model.channels_per_head} channels; heads keep their"

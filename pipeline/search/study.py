@@ -81,7 +81,7 @@ def run(config: Config, say: Callable[[str], None] = print) -> Manifest:
     rungs = plan_ladder(config, vocab_size)
     with lease.hold(config.storage, config.name):
         tracking.connect(config)
-        parent = open_parent(config, output)
+        parent = open_parent(config, output, {name: artifacts[name] for name in ("tokenizer", "prepare")})
         maker = Maker(config, artifacts, output, parent)
         findings = Findings(target_flops=count_flops(config, vocab_size))
         try:
@@ -108,6 +108,7 @@ def check(config: Config) -> list[Point]:
         raise ValueError("There is nothing to search: give search.space, search.widths, or both.")
     if config.train.extends:
         raise ValueError("A search begins its trainings anew: leave train.extends empty, or give start.model.")
+    plan_ladder(config, config.tokenizer.most_tokens)
     if options.space and options.algorithm == "optuna":
         suggest.check_optuna()
         parse_space(options.space)
@@ -225,8 +226,11 @@ def check_whole(trials: list[Trial], records: list[Record]) -> None:
             raise ValueError(f"The training of {describe_point(trial.point)} failed: {record.reason}")
 
 
-def open_parent(config: Config, output: Artifact) -> str:
-    """Return the search's own MLflow run, the parent of its trainings' runs; one over all starts."""
+def open_parent(config: Config, output: Artifact, data: Mapping[str, Artifact]) -> str:
+    """Return the search's own MLflow run, the parent of its trainings' runs; one over all starts.
+
+    It names the data before any training does, for several of them begin at once.
+    """
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(config.name)
     assert experiment is not None, "connect() makes it"
@@ -239,6 +243,7 @@ def open_parent(config: Config, output: Artifact) -> str:
     run = client.create_run(experiment.experiment_id, run_name=f"search {output.fingerprint[:8]}", tags=tags)
     settings = tracking.flatten({"search": result_settings(config.search)})
     client.log_batch(run.info.run_id, params=[Param(key, str(value)[:6000]) for key, value in settings.items()])
+    tracking.log_data(str(run.info.run_id), data)
     return str(run.info.run_id)
 
 

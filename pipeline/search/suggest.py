@@ -87,7 +87,6 @@ def run_suggested(
         run_config.callbacks.append(Notebook(search, finder))
         results = tune.Tuner(
             tune.with_parameters(Attempt, finder=finder),
-            param_space=finder.space(),
             tune_config=tune.TuneConfig(
                 metric="bits_per_byte",
                 mode="min",
@@ -95,7 +94,8 @@ def run_suggested(
                     space=finder.space(),
                     metric="bits_per_byte",
                     mode="min",
-                    seed=config.seed % 2**32,
+                    # Its first points are random: with the seed alone it would draw those again that it has told.
+                    seed=(config.seed + len(points)) % 2**32,
                     points_to_evaluate=[finder.name(point) for point in points] or None,
                     evaluated_rewards=[record.bits_per_byte for record in records[1:]] or None,
                 ),

@@ -34,12 +34,15 @@ def run_trials(
     config = trials[0].config
     forget_failures(trials)
     records = [trial.read_record() for trial in trials]
-    told = [trial for trial, record in zip(trials, records, strict=True) if scheduler is not None or not record.is_over]
+    told: dict[str, Trial] = {}  # two of the same training, such as the preset and a rung, are one
+    for trial, record in zip(trials, records, strict=True):
+        if scheduler is not None or not record.is_over:
+            told.setdefault(trial.output.fingerprint, trial)
     if not all(record.is_over for record in records):
         budget = Budget(config.search, trials) if may_end_early else None
         results = tune.Tuner(
             tune.with_parameters(Attempt, finder=Listed(tuple(trials))),
-            param_space={"number": tune.grid_search([trial.number for trial in told])},
+            param_space={"number": tune.grid_search([trial.number for trial in told.values()])},
             tune_config=tune.TuneConfig(
                 metric="bits_per_byte",
                 mode="min",

@@ -93,11 +93,12 @@ def test_pictures_are_drawn_of_whatever_there_is(findings: Findings, broken: boo
 
 
 def test_the_presets_real_figure_stands_beside_the_prediction(demo: Config) -> None:
-    config = load_config("demo", ["search.widths=[64,128,192]"])
+    larger = ["model.width=256", "model.num_heads=4"]
+    config = load_config("demo", [*larger, "search.widths=[64,128,192]"])
     rungs = plan_ladder(config, 2048)
     assert [rung.point["model.num_heads"] for rung in rungs] == ["1", "2", "3"]
     assert rungs[0].parameters < rungs[1].parameters < rungs[2].parameters
-    assert rungs[2].flops == pytest.approx(count_flops(config, 2048))
+    assert rungs[2].flops < count_flops(config, 2048)
     per_parameter = [rung.config.train.steps * 4096 / rung.parameters for rung in rungs]
     assert per_parameter == pytest.approx([per_parameter[-1]] * 3, rel=0.05)
     bits = [3.0, 2.6, 2.4]
@@ -110,3 +111,5 @@ def test_the_presets_real_figure_stands_beside_the_prediction(demo: Config) -> N
     assert report.draw_scaling(findings).startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"search\.widths: 100 is no multiple of a head's 64 channels"):
         plan_ladder(load_config("demo", ["search.widths=[64,100]"]), 2048)
+    with pytest.raises(ValueError, match=r"search\.widths: 192 is not below the preset's 192"):
+        plan_ladder(load_config("demo", ["search.widths=[64,192]"]), 2048)

@@ -49,6 +49,12 @@ def test_asha_finds_the_grids_best_with_three_fifths_of_its_tokens(
     assert "stopped: others were better after " in said
     assert not trials[0].search.exists("tune"), "Tune's own notes are gone"
 
+    # The same training under another number is not run beside itself.
+    twin = replace(trials[0], number=99, output=replace(trials[0].output, fingerprint="t" * 20))
+    twins = run_trials("trial", [twin, replace(twin, number=98)])
+    assert twins[0] == twins[1]
+    assert capsys.readouterr().out.count(": done") == 1
+
     # Once more: nothing runs, and the scheduler's word stands.
     monkeypatch.setattr(tuning, "Attempt", None)
     assert run_trials("trial", trials, scheduler=make_scheduler(config, 1), may_end_early=True) == records

@@ -17,6 +17,8 @@ from tests.pipeline.tiny_training import SETTINGS, WORDS
 SPACE = (
     "search.space=[optimizer.muon_learning_rate = 0.00001 | 0.02]",
     "search.trial_tokens=1536",
+    "model.width=48",  # three heads, so that there is a ladder below
+    "model.num_heads=3",
     "search.seeds=2",
     "train.num_workers=1",
     "train.sample_prompts=[]",

@@ -4,6 +4,8 @@ import json
 import math
 import platform
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import mlflow
@@ -12,7 +14,7 @@ import torch
 import transformers
 
 from model.checkpoint import load_model
-from pipeline import train
+from pipeline import tracking, train
 from pipeline.artifacts import Artifact
 from pipeline.config import Config
 from tests.pipeline.tiny_training import Training, start_training, tiny_config, tiny_inputs, tiny_output
@@ -77,7 +79,7 @@ def test_mlflow_run_says_where_it_comes_from(training: Training) -> None:
     assert run.data.params["fingerprint"] == training.output.fingerprint
     tags = run.data.tags
     assert re.fullmatch("[0-9a-f]{40}", tags["mlflow.source.git.commit"])
-    assert "pytest" in tags["command"]
+    assert tags["command"] == shlex.join(sys.orig_argv)[: tracking.LONGEST_TAG]
     assert tags["machine.python"] == platform.python_version()
     assert tags["machine.torch"] == torch.__version__
     assert tags["machine.precision"] == "float32"

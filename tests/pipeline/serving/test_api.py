@@ -109,8 +109,8 @@ def test_what_lm_eval_asks_for(http: httpx.Client) -> None:
 def test_a_scored_prompt_never_ends_without_its_extra_token() -> None:
     """lm-eval drops the last entry as the generated token; without one it would drop a scored one."""
     asked = {"prompt": "x", "max_tokens": 1, "logprobs": 1}
-    assert CompletionRequest(**asked, echo=True).sampling(1, 400, 399).logit_bias == {399: -100}
-    assert CompletionRequest(**asked).sampling(1, 400, 399).logit_bias == {}
+    assert CompletionRequest(**asked, echo=True).sampling(1, 400, frozenset({399})).logit_bias == {399: -100}
+    assert CompletionRequest(**asked).sampling(1, 400, frozenset({399})).logit_bias == {}
 
 
 def test_text_offsets_count_from_the_start_of_the_prompt(client: openai.OpenAI) -> None:

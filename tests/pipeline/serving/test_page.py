@@ -242,7 +242,10 @@ def test_the_runs_id_leads_to_its_page(
     browser: Browser, page: Page, single: LocalServer, complaints: list[str]
 ) -> None:
     link = page.locator(".card dd a")
-    assert re.match(r"http://127\.0\.0\.1:5000/#/experiments/\d+/runs/[0-9a-f]{32}$", link.get_attribute("href") or "")
+    assert re.match(
+        r"http://127\.0\.0\.1:5000/#/experiments/\d+/runs/[0-9a-f]{32}\?workflowType=machine_learning$",
+        link.get_attribute("href") or "",
+    )
     expect(page.locator(".card")).to_contain_text("once this runs: python -m mlflow server --backend-store-uri sqlite:")
     other = open_page(browser, single, complaints)
     assert (other.locator(".card dd a").get_attribute("href") or "").startswith("http://pages.test:5000/#/experiments/")

@@ -104,7 +104,6 @@ def test_the_job_before_the_cursor_completes_the_rest(line: str, number: int, jo
     ],
 )
 def test_a_shell_offers_what_fits(line: str, offered: set[str], not_offered: set[str], tmp_path: Path) -> None:
-    pytest.importorskip("argcomplete")
     told = tmp_path / "told"
     call(
         _ARGCOMPLETE="1",
@@ -121,13 +120,11 @@ def test_a_shell_offers_what_fits(line: str, offered: set[str], not_offered: set
 
 @pytest.mark.parametrize("shell", completion.SHELLS)
 def test_a_shell_gets_its_script(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("argcomplete")
     assert gpt.main(["--completion", shell]) == 0
     assert "_ARGCOMPLETE" in capsys.readouterr().out
 
 
 def test_a_wheel_holds_the_presets_and_leaves_the_tree_clean(tmp_path: Path) -> None:
-    pytest.importorskip("hatchling")
     tree, built = tmp_path / "tree", tmp_path / "built"
     for name in subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True

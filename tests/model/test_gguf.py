@@ -88,7 +88,6 @@ def test_a_strangers_tokenizer_is_found_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tokenizer", [tokenizer_of("gpt4"), build_char(["né 你好" * 9], 300)], ids=["gpt4", "char"])
 def test_other_ids_are_refused_with_what_to_do(tmp_path: Path, tokenizer: Tokenizer) -> None:
     save_model(tmp_path / "model", random_model(SHAPES["gpt2"], tokenizer.vocab_size), tokenizer)
-    pytest.importorskip("gguf")
     with pytest.raises(ValueError, match=r"other tokens.*tokenizer\.pattern=llama-bpe"):
         write_gguf(tmp_path / "model", tmp_path / "model.gguf", "f16")
     assert not list(tmp_path.glob("*gguf*"))
@@ -104,7 +103,8 @@ def test_heads_that_others_cannot_take_are_said() -> None:
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_what_is_written_is_the_model(tmp_path: Path, kind: str) -> None:
-    gguf = pytest.importorskip("gguf")
+    import gguf
+
     model, tokenizer = save_shape(tmp_path / "model", "qwen3")
     assert write_gguf(tmp_path / "model", tmp_path / "model.gguf", kind, "mine") == "llama-bpe"
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
@@ -124,7 +124,6 @@ def test_what_is_written_is_the_model(tmp_path: Path, kind: str) -> None:
 
 
 def test_weights_beyond_f16_are_refused(tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
     tokenizer = tokenizer_of("gpt2")
     model = random_model(SHAPES["gpt2"], tokenizer.vocab_size)
     with torch.no_grad():

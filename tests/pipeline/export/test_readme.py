@@ -44,8 +44,6 @@ def exported(registry: TinyRegistry, tmp_path_factory: pytest.TempPathFactory) -
         patch.setenv("MLFLOW_TRACKING_URI", registry.tracking_uri)
         for line in lines[:2]:
             words = [word.replace("models:/mine", "models:/tiny") for word in shlex.split(line)[3:]]
-            if "gguf" in words:
-                pytest.importorskip("gguf")
             assert export.main([*words, f"--preset={ROOT}/jobs/presets/demo.yaml"]) == 0
     return folder
 

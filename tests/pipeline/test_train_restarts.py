@@ -292,7 +292,8 @@ def test_all_on_s3(undisturbed: Training, s3: dict[str, str], tmp_path: Path) ->
     driver.end()
     listed = boto3.client("s3").list_objects_v2(Bucket="runs")["Contents"]
     names = [entry["Key"] for entry in listed]
-    assert sum(name.endswith("/training_state.pt") for name in names) == 2
+    kept = [name.split("/")[-2] for name in names if name.endswith("/training_state.pt")]
+    assert [name.split("-")[1] for name in kept] == ["00000012"], "the last one, which is the best too"
     assert sum(name.endswith("/checkpoint/model.safetensors") for name in names) == 1
     [digests] = [
         json.loads(boto3.client("s3").get_object(Bucket="runs", Key=name)["Body"].read())["files"]

@@ -37,6 +37,7 @@ FOOTER_BYTES = 65_536  # more than the footer of a shard of 50 row groups; a lon
 GIGABYTE = 10**9
 ROW_GROUP_TOKENS = 1_000_000
 # Marks in the flat arrays of conversations; no vocabulary is so large that its ids reach them.
+SMALLEST_MAPPED_BYTES = 2**20  # each mapped file keeps a descriptor open, of which a process may have 1,024
 LEARNT, LAST = np.uint32(1 << 31), np.uint32(1 << 30)
 TOKEN_BITS = np.uint32((1 << 30) - 1)
 LENGTHS = b"conversation_lengths"  # in the footer: how many conversations have how many tokens
@@ -169,7 +170,10 @@ class TokenCache:
             )
 
     def open(self, shard: Shard) -> np.ndarray:
-        """Return the shard's tokens, mapped; the first to ask decodes it. Raises `ValueError` if it is corrupt."""
+        """Return the shard's tokens, mapped, or read where they are few; the first to ask decodes it.
+
+        Raises `ValueError` if it is corrupt.
+        """
         while True:
             try:
                 return self._map(shard)
@@ -187,6 +191,8 @@ class TokenCache:
                 raise FileNotFoundError(path)
             with contextlib.suppress(FileNotFoundError):
                 os.utime(path)  # what was used last is evicted last
+            if shard.decoded_bytes < SMALLEST_MAPPED_BYTES:
+                return np.fromfile(file, dtype=shard.dtype)
             # As a plain array: slicing a np.memmap takes several times as long.
             return np.asarray(np.memmap(file, dtype=shard.dtype, mode="r"))
 

@@ -9,6 +9,7 @@ One listing of the root and one small read for each artifact; nothing is written
 import json
 import re
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -129,7 +130,7 @@ def take_inventory(storage: str, registered: Iterable[Registered] = (), pipeline
             stored.append(found)
     stored.sort(key=lambda each: (each.pipeline, _place(each.stage), each.modified))
     dependents = _find_dependents(stored)
-    needs = {each.url: _find_needs(each, dependents[each.url], registered) for each in stored}
+    needs = _find_needs(stored, dependents, registered)
     return Inventory(storage, stored, needs, dependents, others)
 
 
@@ -229,20 +230,36 @@ def _place(stage: str) -> int:
 def _find_dependents(stored: Sequence[Stored]) -> dict[str, list[Stored]]:
     """Which artifacts were made from which; one that does not say may have been made from any before it."""
     dependents: dict[str, list[Stored]] = {each.url: [] for each in stored}
+    by_fingerprint: dict[tuple[str, str], list[Stored]] = defaultdict(list)
+    by_stage: dict[tuple[str, str], list[Stored]] = defaultdict(list)
     for each in stored:
-        for other in stored:
-            if other is each or other.pipeline != each.pipeline:
-                continue
-            if other.fingerprint in each.inputs.values() or (
-                not each.knows_inputs and other.stage in STAGES.get(each.stage, ())
-            ):
-                dependents[other.url].append(each)
+        by_fingerprint[each.pipeline, each.fingerprint].append(each)
+        by_stage[each.pipeline, each.stage].append(each)
+    for each in stored:
+        made_from = [by_fingerprint.get((each.pipeline, fingerprint), ()) for fingerprint in each.inputs.values()]
+        if not each.knows_inputs:
+            made_from += [by_stage.get((each.pipeline, stage), ()) for stage in STAGES.get(each.stage, ())]
+        for url in dict.fromkeys(other.url for found in made_from for other in found if other is not each):
+            dependents[url].append(each)
     return dependents
 
 
-def _find_needs(stored: Stored, dependents: Iterable[Stored], registered: Iterable[Registered]) -> list[str]:
-    versions = [each.label for each in registered if is_registered(stored, [each])]
-    return [*versions, *(each.folder for each in dependents)]
+def _find_needs(
+    stored: Sequence[Stored], dependents: Mapping[str, Sequence[Stored]], registered: Iterable[Registered]
+) -> dict[str, list[str]]:
+    """What needs each artifact, by its URL: versions of the registry, then the folders made from it."""
+    labels: dict[str, dict[int, str]] = defaultdict(dict)  # a name or a fingerprint -> labels, in their order
+    for number, version in enumerate(registered):
+        for key in (*version.names, *version.fingerprints):
+            labels[key][number] = version.label
+    needs = {}
+    for each in stored:
+        versions = labels.get(each.name, {}) | labels.get(each.fingerprint, {})
+        needs[each.url] = [
+            *(versions[number] for number in sorted(versions)),
+            *(other.folder for other in dependents[each.url]),
+        ]
+    return needs
 
 
 def describe_origin(stored: Stored) -> str:

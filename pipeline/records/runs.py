@@ -1,6 +1,7 @@
 """The trainings that MLflow knows, in lines for a terminal."""
 
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,7 +66,8 @@ def find_run(rows: Sequence[Row], name: str) -> Row:
 def _describe(run: Any, experiment: str) -> Row:
     metrics, params, tags = run.data.metrics, run.data.params, run.data.tags
     bits = next((metrics[name] for name in BITS if name in metrics), None)
-    steps = int(params["train.steps"]) if params.get("train.steps", "").isdigit() else 0
+    is_timed = float(params.get("train.minutes") or 0) > 0  # nobody knows how many steps that makes
+    steps = int(params["train.steps"]) if params.get("train.steps", "").isdigit() and not is_timed else 0
     step = max((metric.step for metric in run.data.to_proto().metrics if metric.key.startswith("train/")), default=0)
     return Row(
         run_id=run.info.run_id,
@@ -103,12 +105,15 @@ def describe_rows(rows: Sequence[Row], now: float | None = None) -> str:
         return "No training has a run here."
     now = time.time() if now is None else now
     ids = {row.run_id for row in rows}
+    children: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        children[row.parent_run_id].append(row)
     ordered: list[tuple[int, Row]] = []
 
     def place(row: Row, depth: int) -> None:
         ordered.append((depth, row))
-        for child in rows:
-            if child.parent_run_id == row.run_id and child is not row:
+        for child in children[row.run_id]:
+            if child is not row:
                 place(child, depth + 1)
 
     for row in rows:

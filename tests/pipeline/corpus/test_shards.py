@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.artifacts import Artifact, FileRecord, record_file
+from pipeline.corpus import shards as shards_module
 from pipeline.corpus.shards import TokenCache, data_digest, open_shards
 
 DOCUMENTS = [[5, 6, 7, 0], [0], [9] * 30 + [0], [4, 0]]
@@ -138,7 +139,11 @@ def test_a_file_that_is_not_parquet_is_named(tmp_path: Path) -> None:
 # The cache.
 
 
-def test_the_cache_evicts_what_was_used_longest_ago(tmp_path: Path) -> None:
+@pytest.mark.parametrize("smallest_mapped", [0, 2**20])
+def test_the_cache_evicts_what_was_used_longest_ago(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smallest_mapped: int
+) -> None:
+    monkeypatch.setattr(shards_module, "SMALLEST_MAPPED_BYTES", smallest_mapped)
     shards = open_shards(write_artifact(tmp_path / "shards", distinct_shards(4)), "train")
     cache = TokenCache(tmp_path / "cache", max_bytes=3 * shards[0].decoded_bytes)
     mapped = [cache.open(shard) for shard in shards[:3]]
@@ -149,6 +154,15 @@ def test_the_cache_evicts_what_was_used_longest_ago(tmp_path: Path) -> None:
     assert left == [shards[0], shards[2], shards[3]]
     assert mapped[1][0] == 2  # evicted, and still readable for who has it open
     assert cache.open(shards[1])[0] == 2  # and decoded again for who asks again
+
+
+def test_small_shards_keep_no_file_open(tmp_path: Path) -> None:
+    shards = open_shards(write_artifact(tmp_path / "shards", distinct_shards(30)), "train")
+    cache = TokenCache(tmp_path / "cache")
+    before = len(os.listdir("/proc/self/fd"))
+    opened = [cache.open(shard) for shard in shards]
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert [array[0] for array in opened] == list(range(1, 31))
 
 
 def test_many_small_shards_do_not_list_the_folder_each_and_share_few_lock_files(

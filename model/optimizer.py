@@ -1,6 +1,6 @@
 """AdamW, or Muon for the blocks' matrices with AdamW for the rest; and the schedule of their learning rates.
 
-    optimizer = build_optimizer(model, config, total_steps=1000)
+    optimizer = build_optimizer(model, config, total_steps=1000, precision=torch.bfloat16)
     optimizer.step(step)                    # sets the learning rates of that step first
     state = optimizer.state_dict()          # by parameter name, whole, whatever the number of ranks
 
@@ -24,7 +24,7 @@ from model.config import OptimizerConfig
 from model.gpt import GPT
 
 
-def schedule(config: OptimizerConfig, step: int, total_steps: int) -> float:
+def schedule(config: OptimizerConfig, step: int, total_steps: float) -> float:
     """Return the share of its peak that a learning rate has at `step`, counted from 0."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
@@ -45,16 +45,18 @@ def momentum_at(config: OptimizerConfig, step: int) -> float:
 class Optimizer:
     """AdamW over its groups, and Muon over the matrices if the config says so, as one object."""
 
-    def __init__(self, model: GPT, config: OptimizerConfig, total_steps: int) -> None:
+    def __init__(
+        self, model: GPT, config: OptimizerConfig, total_steps: int, precision: torch.dtype = torch.float32
+    ) -> None:
         self.config = config
-        self.total_steps = total_steps
+        self.total_steps: float = total_steps  # may change as the training goes
         self.step_taken = -1
         # A tied head counts once, as the embedding. What is frozen, as all but an adapter is, gets no step.
         self.parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self.muon: Muon | None = None
         matrices = {name: (weight, sections) for name, weight, sections in model.matrices()}
         if config.kind == "muon":
-            self.muon = Muon(matrices)
+            self.muon = Muon(matrices, precision)
             rest = {name: p for name, p in self.parameters.items() if name not in matrices}
         else:
             rest = self.parameters
@@ -152,9 +154,14 @@ class Optimizer:
             self.muon.load_state_dict(state["muon"])
 
 
-def build_optimizer(model: GPT, config: OptimizerConfig, total_steps: int) -> Optimizer:
-    """Build the optimizer of the model's own parameters, once they are on their device and FSDP2 has sharded them."""
-    return Optimizer(model, config, total_steps)
+def build_optimizer(
+    model: GPT, config: OptimizerConfig, total_steps: int, precision: torch.dtype = torch.float32
+) -> Optimizer:
+    """Build the optimizer of the model's own parameters, once they are on their device and FSDP2 has sharded them.
+
+    Weights, moments and momenta are float32; `precision` is that of the training's products, Muon's among them.
+    """
+    return Optimizer(model, config, total_steps, precision)
 
 
 @dataclass
@@ -169,7 +176,10 @@ class ShapeGroup:
 class Muon:
     """Updates each matrix by its momentum, orthogonalised; each section of a fused weight is a matrix of its own."""
 
-    def __init__(self, matrices: Mapping[str, tuple[nn.Parameter, tuple[int, ...]]]) -> None:
+    def __init__(
+        self, matrices: Mapping[str, tuple[nn.Parameter, tuple[int, ...]]], precision: torch.dtype = torch.float32
+    ) -> None:
+        self.precision = precision
         self.groups: dict[tuple[int, int], ShapeGroup] = {}
         for name, (parameter, sections) in matrices.items():
             start = 0
@@ -187,6 +197,7 @@ class Muon:
                 group.momentum = torch.zeros_like(gradients)
             group.momentum.lerp_(gradients, 1 - momentum)
             directions = gradients.lerp_(group.momentum, momentum)  # Nesterov: look one step ahead
+            directions = directions.to(_orthogonalisation_dtype(directions.device, self.precision))
             pending.append((shape, group, *_orthogonalise_shared(directions)))
         for (rows, columns), group, updates, gathering in pending:
             if gathering is not None:
@@ -222,14 +233,13 @@ def _stack_gradients(sources: Iterable[tuple[nn.Parameter, slice]]) -> Tensor:
 
 
 def _orthogonalise_shared(directions: Tensor) -> tuple[Tensor, "dist.Work | None"]:
-    """Orthogonalise [n, rows, columns]; each rank does a part of the n, and all gather the parts."""
+    """Orthogonalise [n, rows, columns] in its own precision; each rank does a part of the n, and all gather them."""
     world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if world_size == 1:
         return orthogonalise_on(directions), None
     share = math.ceil(len(directions) / world_size)
     mine = directions[dist.get_rank() * share :][:share]
-    dtype = _orthogonalisation_dtype(directions.device)
-    part = directions.new_zeros((share, *directions.shape[1:]), dtype=dtype)
+    part = directions.new_zeros((share, *directions.shape[1:]))
     if len(mine):
         part[: len(mine)] = orthogonalise_on(mine)
     gathered = part.new_empty((share * world_size, *part.shape[1:]))
@@ -260,14 +270,13 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return x.mT if matrices.shape[-2] > matrices.shape[-1] else x
 
 
-def _orthogonalisation_dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def _orthogonalisation_dtype(device: torch.device, precision: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else precision
 
 
 def orthogonalise_on(matrices: Tensor) -> Tensor:
-    """Orthogonalise in the fastest precision that suffices on the device, compiled where that is faster."""
-    function = compiled_orthogonalise() if matrices.is_cuda else orthogonalise
-    return function(matrices.to(_orthogonalisation_dtype(matrices.device)))
+    """Orthogonalise, compiled where that is faster."""
+    return (compiled_orthogonalise() if matrices.is_cuda else orthogonalise)(matrices)
 
 
 @cache

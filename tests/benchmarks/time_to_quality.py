@@ -114,8 +114,8 @@ def train(
     else:
         settings = OptimizerConfig(kind="muon", momentum_warmup_steps=options.steps // 3)
     model.to(options.device)
-    optimizer = build_optimizer(model, settings, options.steps)
     module, precision = parallelize(model), choose_precision("auto", options.device)
+    optimizer = build_optimizer(model, settings, options.steps, precision)
     stream, curve, started = batches(data[0], options, seed), Curve(), time.perf_counter()
     for step in range(options.steps):
         train_step(

@@ -76,7 +76,7 @@ def our_step(options: argparse.Namespace, is_compiled: bool) -> Callable[[], Any
     )
     model = GPT(config, options.vocabulary).to(options.device)
     module = parallelize(model, compile=is_compiled, recompute=options.recompute, graphs=options.graphs)
-    optimizer = build_optimizer(model, OptimizerConfig(kind=options.optimizer), total_steps=1000)
+    optimizer = build_optimizer(model, OptimizerConfig(kind=options.optimizer), total_steps=1000, precision=precision)
     tokens = batch.tokens.numel()
     gc.collect()
     gc.disable()  # as the training loop does
@@ -182,7 +182,7 @@ GPU_LEVERS: dict[str, Callable[[argparse.Namespace], None]] = {
 }
 GPU_MUON_LEVERS: dict[str, Callable[[argparse.Namespace], None]] = {
     "orthogonalised in float32": lambda options: setattr(
-        optimizer, "_orthogonalisation_dtype", lambda device: torch.float32
+        optimizer, "_orthogonalisation_dtype", lambda device, precision: torch.float32
     ),
 }
 

@@ -87,6 +87,28 @@ def test_muon_moves_each_matrix_of_a_fused_weight_on_its_own() -> None:
         torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_products_in_bfloat16_leave_weights_and_momenta_in_float32() -> None:
+    models = [tiny_model(), tiny_model()]
+    optimizers = [
+        build_optimizer(model, OptimizerConfig(), 10, precision)
+        for model, precision in zip(models, (torch.float32, torch.bfloat16), strict=True)
+    ]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        drawn = torch.Generator().manual_seed(5)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=drawn)
+        optimizer.step(0)
+    before = dict(tiny_model().named_parameters())
+    for (name, exact), rough in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert rough.dtype == torch.float32
+        moved, error = exact - before[name], rough - exact
+        assert error.norm() <= 0.05 * moved.norm(), name
+    assert any(not torch.equal(*pair) for pair in zip(*(model.parameters() for model in models), strict=True))
+    exact_momenta, momenta = (optimizer.state_dict()["muon"] for optimizer in optimizers)
+    for name, momentum in momenta.items():
+        torch.testing.assert_close(momentum, exact_momenta[name], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_training_goes_on_from_its_state_as_if_never_stopped(kind: str) -> None:
     config = OptimizerConfig(kind=kind, momentum_warmup_steps=4)

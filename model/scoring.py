@@ -34,7 +34,6 @@ class Score:
         return bits_per_byte(self.nats, self.num_bytes)
 
 
-@torch.no_grad()
 def score_batches(
     module: nn.Module,
     batches: Iterable[MicroBatch],
@@ -42,23 +41,29 @@ def score_batches(
     *,
     precision: torch.dtype = torch.float32,
     over_ranks: bool = False,
+    as_trained: bool = False,
 ) -> Score:
     """Score every target that is not masked; `module` returns the nats of a batch, as `LossModule` does.
 
     `byte_lengths` holds each token's bytes. Products are computed in `precision`. With `over_ranks` every rank calls
     this with its own batches and gets the score of all. The module is left in the mode in which it was.
+
+    A compiled module without gradients is other code, which takes its time to compile. `as_trained` runs that of a
+    training step instead: it computes some gradients that nobody asked for, and takes as much memory as a step. There
+    must be no dropout.
     """
     device = next(module.parameters()).device
     lengths = torch.from_numpy(byte_lengths).to(device)
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
     was_training = module.training
-    module.eval()
+    if not as_trained:
+        module.eval()
     try:
-        with autocast(device, precision):
+        with torch.set_grad_enabled(as_trained), autocast(device, precision):
             for batch in batches:
                 targets = batch.targets.to(device)
                 documents = None if batch.document_ids is None else find_documents(batch.document_ids).to(device)
-                totals[0] += module(batch.tokens.to(device), targets, documents)
+                totals[0] += module(batch.tokens.to(device), targets, documents).detach()
                 scored = targets[targets >= 0]
                 totals[1] += scored.numel()
                 totals[2] += lengths[scored].sum()

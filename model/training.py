@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from model.config import ModelConfig
 from model.documents import Documents, find_documents, split_documents
 from model.gpt import GPT, Block, chunked_cross_entropy, cross_entropy_gradient
 from model.gpu_steps import GraphedGradients
@@ -218,6 +219,15 @@ def parallelize(
             wrapped.register_comm_hook(None, average_in_bfloat16)
         return wrapped
     return module
+
+
+def scores_as_trained(module: nn.Module, config: ModelConfig) -> bool:
+    """Tell whether the code of a compiled training step scores held-out batches too, so that none is compiled for it.
+
+    Not where threads share a batch out, whose code is that of a part; nor where ranks share the weights, which are
+    gathered for a backward pass and would stay; nor with dropout.
+    """
+    return not isinstance(module, SharedLoss | FSDPModule) and config.dropout == 0
 
 
 def average_in_bfloat16(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

@@ -95,8 +95,12 @@ def score_held_out(
     precision: torch.dtype,
     rank: int = 0,
     world_size: int = 1,
+    as_trained: bool = False,
 ) -> Validation:
-    """Score each rank's part of every source and add them up; every rank returns the same."""
+    """Score each rank's part of every source and add them up; every rank returns the same.
+
+    `as_trained` as for `score_batches`.
+    """
     scores = [
         score_batches(
             module,
@@ -104,6 +108,7 @@ def score_held_out(
             byte_lengths,
             precision=precision,
             over_ranks=world_size > 1,
+            as_trained=as_trained,
         )
         for each in held_out
     ]

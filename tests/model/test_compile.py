@@ -39,7 +39,7 @@ class CountingBackend:
         return graph.forward
 
 
-def count_graphs(strategy: str, recompute: bool = False) -> dict[str, int]:
+def count_graphs(strategy: str, recompute: bool = False, as_trained: bool = False) -> dict[str, int]:
     """Train and score by turns; returns the graphs that there were after each turn."""
     backend, real_compile = CountingBackend(), torch.compile
     torch._dynamo.reset()
@@ -61,7 +61,7 @@ def count_graphs(strategy: str, recompute: bool = False) -> dict[str, int]:
     for step in range(2):
         train_step(module, optimizer, [batch, batch], step=step, global_tokens=64)
         after[f"training {step}"] = len(backend.graphs)
-        score_batches(scored, [batch, batch], np.ones(VOCABULARY, dtype=np.int64))
+        score_batches(scored, [batch, batch], np.ones(VOCABULARY, dtype=np.int64), as_trained=as_trained)
         after[f"scoring {step}"] = len(backend.graphs)
     assert not counters["graph_break"], dict(counters["graph_break"])
     return after
@@ -81,6 +81,15 @@ def test_one_graph_serves_all_blocks_and_scoring_compiles_once(recompute: bool) 
         torch.set_num_threads(before)
 
 
+def test_scoring_by_a_training_steps_code_compiles_nothing() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert set(count_graphs("none", as_trained=True).values()) == {2}
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_neither_ddp_nor_fsdp_cuts_the_blocks(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(count_on_one_rank, args=(2, str(tmp_path / "meeting")), nprocs=2)
 
@@ -90,4 +99,5 @@ def count_on_one_rank(rank: int, world_size: int, meeting: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
     for strategy in ("ddp", "fsdp"):
         assert count_graphs(strategy) == EXPECTED, strategy
+    assert set(count_graphs("ddp", as_trained=True).values()) == {2}
     dist.destroy_process_group()

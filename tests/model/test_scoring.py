@@ -87,6 +87,15 @@ def test_precision_is_that_of_the_products(model: GPT) -> None:
     assert half.nats == pytest.approx(exact.nats, rel=0.02)
 
 
+def test_the_code_of_a_training_step_finds_the_same_and_leaves_no_gradients(model: GPT) -> None:
+    usual, as_trained = (
+        score_batches(LossModule(model), [rows(4)], BYTE_LENGTHS, as_trained=is_so) for is_so in (False, True)
+    )
+    assert as_trained.nats == pytest.approx(usual.nats, rel=1e-6)
+    assert as_trained.tokens == usual.tokens
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_the_module_is_left_in_its_mode(model: GPT) -> None:
     for training in (True, False):
         model.train(training)

@@ -35,7 +35,6 @@ def calculate(config: "Config", options: argparse.Namespace) -> dict[str, Any]:
     gpu, model, train = options.gpu, config.model, config.train
     vocab_size = config.tokenizer.most_tokens
     parameters = count_parameters(model, vocab_size)
-    tokens = train.steps * train.batch_tokens
     trained = parameters if train.lora is None else count_adapter(model, train.lora)
     flops = flops_per_token(model, vocab_size, is_frozen=train.lora is not None)
     embedding = vocab_size * model.width
@@ -84,10 +83,13 @@ def calculate(config: "Config", options: argparse.Namespace) -> dict[str, Any]:
                 "seconds_per_step": seconds,
                 "tokens_per_second": train.batch_tokens / seconds,
                 "efficiency": step.efficiency,
-                "hours": train.steps * seconds / 3600,
-                "gpu_hours": devices * train.steps * seconds / 3600,
+                "hours": train.minutes / 60 or train.steps * seconds / 3600,
+                "gpu_hours": devices * (train.minutes / 60 or train.steps * seconds / 3600),
             }
         )
+    # Where minutes count, as many steps as one GPU makes in them.
+    steps = max(1, round(60 * train.minutes / rows[0]["seconds_per_step"])) if train.minutes else train.steps
+    tokens = steps * train.batch_tokens
     return {
         "name": config.name,
         "family": model.family,
@@ -99,6 +101,7 @@ def calculate(config: "Config", options: argparse.Namespace) -> dict[str, Any]:
         "embedding_parameters": embedding,
         "head_parameters": head,
         "other_parameters": parameters - embedding - head,
+        "steps": steps,
         "tokens": tokens,
         "tokens_per_parameter": tokens / parameters,
         "flops_per_token": flops,
@@ -147,7 +150,7 @@ def describe(config: "Config", plan: Mapping[str, Any]) -> None:
     print(f"  embedding         {plan['embedding_parameters']:>16,}")
     print(f"  head              {plan['head_parameters']:>16,}" + " (tied)" * config.model.tie_embeddings)
     print(f"  all else          {plan['other_parameters']:>16,}")
-    print(f"tokens              {plan['tokens']:>16,}  = {train.steps:,} steps x {train.batch_tokens:,};"
+    print(f"tokens              {plan['tokens']:>16,}  = {plan['steps']:,} steps x {train.batch_tokens:,};"
           f" {plan['tokens_per_parameter']:.1f} per parameter")  # fmt: skip
     trained, per_weight = plan["trained_parameters"], "6 per matrix weight"
     if train.lora is not None:

@@ -241,6 +241,11 @@ class StreamConfig:
 class TrainConfig:
     run: str = setting("", "a fixed name for the run's folder; empty: named by its fingerprint", affects_result=False)
     steps: int = setting(1000, "optimizer steps")
+    minutes: float = setting(
+        0.0,
+        "minutes of work in place of steps: the learning rates reach their end when the time is up; 0: steps",
+        added_later=True,
+    )
     extends: str = setting(
         "", "the fingerprint of a finished run to go on from; --extend finds it and sets this", added_later=True
     )
@@ -347,6 +352,7 @@ class TrainConfig:
         not_negative = ("evaluation_tokens", "checkpoint_every_steps", "checkpoint_every_minutes", "threads_per_worker")
         for name in (*not_negative, "resize_seconds", "evaluate_tasks_every_steps", "answer_questions"):
             require(getattr(self, name) >= 0, f"train.{name} cannot be negative.")
+        require(0 <= self.minutes < math.inf, "train.minutes must be a number of minutes; 0 leaves it to train.steps.")
         require(self.evaluate_tasks_items > 0, "train.evaluate_tasks_items must be positive.")
         require(
             not self.evaluate_tasks or self.sharding == "ddp",

@@ -190,7 +190,9 @@ def node_versions() -> dict[str, str]:
 def check_disk(config: Config) -> str:
     """Each node keeps two windows of decoded shards, and a checkpoint while it is on its way to storage."""
     bytes_per_token = 2 if config.tokenizer.most_tokens <= 65536 else 4
-    tokens = min(2 * config.stream.window_tokens, config.train.steps * config.train.batch_tokens)
+    tokens = 2 * config.stream.window_tokens
+    if not config.train.minutes:
+        tokens = min(tokens, config.train.steps * config.train.batch_tokens)
     cache = min(tokens * bytes_per_token, int(config.stream.cache_gigabytes * 1e9))
     # Weights and two moments of the optimizer, in float32.
     checkpoints = CHECKPOINTS_AT_ONCE * 3 * model_bytes(config)

@@ -209,7 +209,7 @@ def finish(config: Config, plan: TrainingPlan, result: dict[str, Any]) -> Manife
         history = History.load(store.fetch(last, Path(folder) / last))
     counts = {
         "mlflow_run_id": plan.mlflow_run_id,
-        "steps": config.train.steps,
+        "steps": history.step,
         "tokens": history.tokens,
         "bits_per_byte": history.best_bits_per_byte,
         "best_step": history.best_step,

@@ -20,6 +20,7 @@ Point = dict[str, str]  # a setting's dotted key -> its value as a text
 SECTIONS = ("model", "optimizer", "stream", "train")  # what a training reads; the shards are the same for all
 FOLLOWS = {
     "train.steps": "it follows from search.trial_tokens and train.batch_tokens",
+    "train.minutes": "every trial learns from as many tokens",
     "train.evaluate_every_steps": "every trial is evaluated after as many tokens",
     "train.evaluation_tokens": "figures compare where as much is scored",
 }

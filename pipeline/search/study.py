@@ -108,6 +108,8 @@ def check(config: Config) -> list[Point]:
         raise ValueError("There is nothing to search: give search.space, search.widths, or both.")
     if config.train.extends:
         raise ValueError("A search begins its trainings anew: leave train.extends empty, or give start.model.")
+    if config.train.minutes:
+        raise ValueError("A search gives every trial as many tokens: set train.minutes=0, and train.steps.")
     plan_ladder(config, config.tokenizer.most_tokens)
     if options.space and options.algorithm == "optuna":
         suggest.check_optuna()

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import torch
@@ -10,8 +10,16 @@ import torch.distributed as dist
 from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 
 
+class Agreed(NamedTuple):
+    """What all ranks do alike after a step."""
+
+    stop: bool
+    save: bool
+    share_passed: float  # of the training's minutes; 0: nothing new was said
+
+
 class Agreement:
-    """What all ranks must do alike though only some of them know: stop, save, resume from one checkpoint.
+    """What all ranks must do alike though only some of them know: stop, save, end, resume from one checkpoint.
 
     Every step starts one tiny all-reduce over gloo and reads that of the step before, so nobody waits for it.
     """
@@ -34,20 +42,24 @@ class Agreement:
             dist.broadcast_object_list(found, src=0, group=self._group)
         return found[0]
 
-    def exchange(self, *, save: bool) -> tuple[bool, bool]:
-        """Tell the others whether to stop and to save; returns what all had said one step earlier."""
+    def exchange(self, *, save: bool, share_passed: float = 0.0) -> Agreed:
+        """Tell the others whether to stop and to save, and what share of the minutes has passed on rank 0's clock.
+
+        Returns what all had said one step earlier.
+        """
         preempted = is_preempted()
         save, self._preempted = save or (preempted and not self._preempted), preempted
         save, self._seen_wish = save or self.save_wish > self._seen_wish, max(self.save_wish, self._seen_wish)
-        wishes = torch.tensor([self._driver_stops, save], dtype=torch.int32)
+        wishes = torch.tensor([self._driver_stops, save, share_passed], dtype=torch.float64)
         earlier, self._asked = self._asked, None
         if self._group is None:
-            return bool(wishes[0]), bool(wishes[1])
+            return Agreed(self._driver_stops, save, share_passed)
         self._asked = wishes, dist.all_reduce(wishes, dist.ReduceOp.MAX, self._group, async_op=True)
         if earlier is None:
-            return False, False
+            return Agreed(stop=False, save=False, share_passed=0.0)
         earlier[1].wait()
-        return bool(earlier[0][0]), bool(earlier[0][1])
+        stop, save, share_passed = earlier[0].tolist()
+        return Agreed(bool(stop), bool(save), share_passed)
 
     def close(self) -> None:
         self._closed.set()

@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.artifacts import Artifact, FileRecord, Manifest, describe_difference
-from pipeline.config import Config
+from pipeline.config import Config, TrainConfig
 from pipeline.training.checkpoints import CheckpointStore
 from pipeline.training.history import FILE as HISTORY
+from pipeline.training.length import work_seconds
 
 RUN_FILE = "run.json"  # which MLflow run and which settings an unfinished training belongs to
 EXTENDS = "train.extends"
 # What may change while weights and moments go on: how far, at which rates, and how often the run looks at itself.
 MAY_CHANGE = (
-    *("train.steps", "train.evaluate_every_steps", "train.on_bad_loss"),
+    *("train.steps", "train.minutes", "train.evaluate_every_steps", "train.on_bad_loss"),
     *("optimizer.schedule", "optimizer.warmup_steps", "optimizer.decay_fraction", "optimizer.final_ratio"),
     *("optimizer.learning_rate", "optimizer.muon_learning_rate", "optimizer.embedding_learning_rate"),
     *("optimizer.head_learning_rate", "optimizer.scalar_learning_rate"),
@@ -39,6 +40,7 @@ class Finished:
     changed: tuple[str, ...]  # settings
     inputs: tuple[str, ...]  # other ones: the text, the tokenizer or the start has changed
     steps: int  # that the wanted one has
+    minutes: float  # that it has in place of steps, or 0
 
     @property
     def refused(self) -> list[str]:
@@ -47,12 +49,18 @@ class Finished:
 
     @property
     def can_go_on(self) -> bool:
-        return not self.refused and not self.inputs and self.manifest.counts["steps"] < self.steps
+        return not self.refused and not self.inputs and self.is_shorter
+
+    @property
+    def is_shorter(self) -> bool:
+        if self.minutes:
+            return work_seconds(self.manifest.counts["seconds"]) < 60 * self.minutes
+        return bool(self.manifest.counts["steps"] < self.steps)
 
     def describe(self, now: Mapping[str, Any]) -> str:
         then = self.manifest.settings
         return describe_difference(
-            {key: then.get(key) for key in self.changed}, {key: now[key] for key in self.changed}
+            {key: then.get(key) for key in self.changed}, {key: now.get(key) for key in self.changed}
         )
 
 
@@ -114,8 +122,13 @@ def begin_from(config: Config, output: Artifact) -> dict[str, Any]:
     return {
         "mlflow_run_id": parent.manifest.counts["mlflow_run_id"],
         "started": time.time(),  # the time since the run before ended is not this one's
-        "extended": f"from {parent.manifest.counts['steps']:,} to {config.train.steps:,} steps, {parent.artifact.url}",
+        "extended": f"from {parent.manifest.counts['steps']:,} steps to {describe_length(config.train)},"
+        f" {parent.artifact.url}",
     }
+
+
+def describe_length(train: TrainConfig) -> str:
+    return f"{train.minutes:g} minutes" if train.minutes else f"{train.steps:,} steps"
 
 
 def without(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,7 +178,8 @@ def _finished(wanted: Artifact) -> Iterator[Finished]:
             sorted(name for name in {*inputs, *manifest.inputs} if inputs.get(name) != manifest.inputs.get(name))
         )
         named = Artifact(artifact.url, "train", manifest.fingerprint)
-        yield Finished(named, manifest, changed, others, int(now["train.steps"]))
+        minutes = float(now.get("train.minutes", 0))
+        yield Finished(named, manifest, changed, others, int(now["train.steps"]), minutes)
 
 
 def _refusal(known: list[Finished], wanted: Artifact) -> str:
@@ -180,6 +194,11 @@ def _refusal(known: list[Finished], wanted: Artifact) -> str:
             {key: then.get(key) for key in nearest.refused}, {key: now.get(key) for key in nearest.refused}
         )
         return f"{beginning} {told} Only {', '.join(MAY_CHANGE)} may change."
+    if nearest.minutes:
+        worked = work_seconds(nearest.manifest.counts["seconds"]) / 60
+        return (
+            f"{beginning} it worked for {worked:.1f} minutes; give train.minutes above that, not {nearest.minutes:g}."
+        )
     return (
         f"{beginning} it ended at step {nearest.manifest.counts['steps']:,}; give a train.steps above that, which is"
         f" {nearest.steps:,} now."

@@ -63,7 +63,7 @@ def launch(plan: TrainingPlan, watch: Callable[[TrainingPlan, Any], None] | None
             worker_runtime_env=None if use_gpu else {"env_vars": ONE_HEAP},
         ),
     )
-    with Screen(options.steps) as screen:
+    with Screen(None if options.minutes else options.steps) as screen:
         return attend(trainer, line, screen)
 
 

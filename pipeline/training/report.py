@@ -12,6 +12,7 @@ from model.gpt import GPT
 from pipeline.training.gauges import TrainingGauges
 from pipeline.training.goodput import TimeSplit, memory_metrics, peak_flops
 from pipeline.training.history import History
+from pipeline.training.length import Length
 from pipeline.training.machine import describe_machine, name_precision
 from pipeline.training.plan import TrainingPlan
 from pipeline.training.tracker import Tracker
@@ -56,6 +57,7 @@ class Report:
     ) -> None:
         self._plan, self._line, self._options = plan, line, plan.train
         self._history, self._clock, self._model = history, clock, model
+        self._length = Length(plan.train)
         device = next(model.parameters()).device
         self._peak_flops = world_size * peak_flops(device, precision)
         self._tracker = Tracker(plan.tracking_uri, plan.mlflow_run_id, unsent=history.unsent, resumed=True)
@@ -70,11 +72,17 @@ class Report:
             words += f", going on from step {history.step:,}"
         self._say(words)
 
-    def step_done(self, step: int, loss: float, gradient_norm: float, rates: dict[str, float], skipped: bool) -> None:
-        """Note one step; every `log_every_steps` also to MLflow and the screen."""
+    def share_passed(self) -> float:
+        """Return the share of the training's minutes that has passed; 0 where steps are counted."""
+        return self._length.share_passed(self._clock.seconds())
+
+    def step_done(
+        self, step: int, loss: float, gradient_norm: float, rates: dict[str, float], *, skipped: bool, last: bool
+    ) -> None:
+        """Note one step; every `log_every_steps`, and the last one, also to MLflow and the screen."""
         if skipped:
             self._say(f"step {step:,}: loss {loss}, gradient norm {gradient_norm}: this batch was skipped")
-        if step % self._options.log_every_steps and step != self._options.steps:
+        if step % self._options.log_every_steps and not last:
             return
         bits = loss / math.log(2) / self._plan.bytes_per_token
         tokens_per_second = self._tokens_per_second()
@@ -84,7 +92,7 @@ class Report:
             "speed/tokens_per_second": tokens_per_second,
             "speed/mfu": tokens_per_second * self._model.flops_per_token() / self._peak_flops,
             **{f"learning_rate/{group}": rate for group, rate in rates.items()},
-            **({} if step == self._options.steps else self._time_metrics()),  # `finish` logs the last ones
+            **({} if last else self._time_metrics()),  # `finish` logs the last ones
             **memory_metrics(),
         }
         if math.isfinite(loss):
@@ -187,8 +195,11 @@ class Report:
         return (now[0] - before[0]) / max(now[1] - before[1], 1e-9)
 
     def _time_left(self, step: int) -> str:
-        per_step = (time.monotonic() - self._began) / max(step - self._first_step, 1)
-        seconds = round(per_step * (self._options.steps - step))
+        if self._length.is_timed:
+            seconds = round(self._length.seconds_left(self._clock.seconds()))
+        else:
+            per_step = (time.monotonic() - self._began) / max(step - self._first_step, 1)
+            seconds = round(per_step * (self._options.steps - step))
         hours, minutes = seconds // 3600, seconds // 60 % 60
         return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds % 60} s" if minutes else f"{seconds} s"
 

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import ray
 import torch
@@ -105,6 +107,21 @@ def worker_resources(options: TrainConfig, use_gpu: bool) -> dict[str, float]:
 def set_threads(threads: int, workers_here: int) -> None:
     """Share the cores out among the workers of this node; Ray would give each a single thread."""
     torch.set_num_threads(threads or max(1, count_cores() // workers_here))
+
+
+def find_missing_for_compile(device: torch.device) -> str:
+    """Name what `torch.compile` needs on a CPU and does not find on this machine; empty: nothing."""
+    if device.type != "cpu":
+        return ""  # Triton brings its own compiler, and the preflight tries it
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "a C++ compiler (g++)"
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return "" if header.exists() else f"Python's headers ({header}: the package python3-dev or its like)"
 
 
 def set_compile_threads(workers_here: int) -> None:

@@ -10,10 +10,11 @@ from pipeline.corpus.progress import Progress
 class Screen:
     """Prints what the workers say; steps move the bar where there is a terminal.
 
-    A job's log gets each step's line whole: there `train.log_every_steps` says how many there are.
+    A job's log gets each step's line whole: there `train.log_every_steps` says how many there are. None: nobody knows
+    yet how many steps there will be.
     """
 
-    def __init__(self, steps: int, stream: IO[str] | None = None) -> None:
+    def __init__(self, steps: int | None, stream: IO[str] | None = None) -> None:
         self._stream = stream or sys.stdout
         self._steps = steps
         self._shown = 0
@@ -28,7 +29,8 @@ class Screen:
     def show_step(self, step: int, figures: str, left: str) -> None:
         """Show one logged step; after a restart it may be one that was shown before."""
         if not self._stream.isatty():
-            self.say(f"step {step:>{len(str(self._steps))}}/{self._steps}   {figures}   {left} left")
+            number = f"{step:>6}" if self._steps is None else f"{step:>{len(str(self._steps))}}/{self._steps}"
+            self.say(f"step {number}   {figures}   {left} left")
             return
         if self._bar is None:
             self._bar = Progress("train", total=self._steps, unit="", done=step, stream=self._stream)

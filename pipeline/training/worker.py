@@ -36,7 +36,14 @@ from model.gpu_steps import use_flash_attention
 from model.lora import ADAPTER_FOLDER, adapt, export_adapter, import_adapter, load_adapter, merge, save_adapter
 from model.optimizer import Optimizer, build_optimizer
 from model.tokenizer import Tokenizer, load_tokenizer
-from model.training import LossModule, StepMeasures, choose_precision, parallelize, train_step
+from model.training import (
+    LossModule,
+    StepMeasures,
+    choose_precision,
+    parallelize,
+    scores_as_trained,
+    train_step,
+)
 from pipeline.corpus import mixing
 from pipeline.corpus.stream import BatchStream
 from pipeline.training.agreement import Agreement
@@ -44,11 +51,12 @@ from pipeline.training.checkpoints import BackgroundWriter, CheckpointStore
 from pipeline.training.failures import explain_lasting_failure
 from pipeline.training.goodput import TimeSplit, weight_norm
 from pipeline.training.history import History
+from pipeline.training.length import Length
 from pipeline.training.line import LineHandler
 from pipeline.training.machine import name_precision
 from pipeline.training.plan import TrainingPlan
 from pipeline.training.report import BadLoss, Evaluation, Report
-from pipeline.training.resources import set_compile_threads, set_threads
+from pipeline.training.resources import find_missing_for_compile, set_compile_threads, set_threads
 from pipeline.training.samples import share_that_ends, write_samples
 from pipeline.training.scratch import make_scratch, remove_abandoned
 from pipeline.training.start import fetch_start, keep_companions
@@ -87,7 +95,11 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
         return {}  # no restart would mend what stopped the workers before these
     device = ray.train.torch.get_device()
     set_threads(options.threads_per_worker, context.get_local_world_size())
-    if options.compile:
+    missing = find_missing_for_compile(device) if options.compile else ""
+    if missing:
+        logger.warning("train.compile=true needs %s; without it the same is learnt, more slowly.", missing)
+    compiles = options.compile and not missing
+    if compiles:
         set_compile_threads(context.get_local_world_size())
     agreement = Agreement(world_size, line if rank == 0 else None)
     store = CheckpointStore(plan.output, options.keep_checkpoints)
@@ -129,7 +141,7 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
     module = parallelize(
         model,
         strategy=strategy,
-        compile=options.compile,
+        compile=compiles,
         precision=precision,
         gradient_precision=getattr(torch, options.gradient_precision),
         recompute=options.recompute_activations,
@@ -137,7 +149,8 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
     )
 
     # optimizer
-    optimizer = build_optimizer(model, plan.optimizer, options.steps)
+    length = Length(options)
+    optimizer = build_optimizer(model, plan.optimizer, options.steps, precision)
 
     # resume
     if resumed is not None:
@@ -148,6 +161,8 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
     clock = TimeSplit(history.seconds, history.saved or plan.started, "restart" if resumed else "startup")
     report = Report(plan, line, history, clock, model, world_size, precision) if rank == 0 else None
     writer = BackgroundWriter()
+    # Where minutes count, all ranks and the learning rates go by rank 0's clock.
+    share_passed = agreement.from_rank_0(lambda: length.share_passed(clock.seconds()))
 
     def evaluate() -> float:
         """Score the val split on all ranks; rank 0 writes samples and reports."""
@@ -155,7 +170,13 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
             scored = module if strategy == "fsdp" else LossModule(model)
             held_out = open_held_out(plan)
             validation = score_held_out(
-                scored, held_out, tokenizer.byte_lengths, precision=precision, rank=rank, world_size=world_size
+                scored,
+                held_out,
+                tokenizer.byte_lengths,
+                precision=precision,
+                rank=rank,
+                world_size=world_size,
+                as_trained=compiles and scores_as_trained(module, plan.model),
             )
             if isinstance(module, FSDPModule):
                 module.reshard()  # after a pass without gradients the outermost weights stay gathered
@@ -219,7 +240,8 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
             examine()
         gc.collect()
         gc.disable()  # its pauses would hold up every rank; it runs at each evaluation
-        while history.step < options.steps and not stopping:
+        while not (stopping or length.is_over(history.step, share_passed)):
+            optimizer.total_steps = length.count_steps(history.step, share_passed)
             clock.switch("data_wait")
             batch = next(batches)
             clock.switch("compute")
@@ -240,15 +262,19 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
 
             # report
             writer.check()
-            stopping, saving = agreement.exchange(save=report is not None and report.is_save_due())
-            finished = history.step == options.steps
+            stopping, saving, agreed = agreement.exchange(
+                save=report is not None and report.is_save_due(),
+                share_passed=0.0 if report is None else report.share_passed(),
+            )
+            share_passed = agreed or share_passed
+            finished = length.is_over(history.step, share_passed)
             evaluating = finished or history.step % options.evaluate_every_steps == 0
             every = options.evaluate_tasks_every_steps or options.evaluate_every_steps
             examining = plan.exam is not None and (finished or history.step % every == 0)
             every = options.checkpoint_every_steps
             saving = saving or stopping or finished or (every > 0 and history.step % every == 0)
             if evaluating or examining or saving:
-                read_measures(unread, optimizer, history, report)
+                read_measures(unread, optimizer, history, report, last=finished)
                 unread = None
                 bits_per_byte = evaluate() if evaluating else None
                 if examining:
@@ -326,7 +352,12 @@ def write_checkpoint(
 
 
 def read_measures(
-    unread: tuple[int, StepMeasures] | None, optimizer: Optimizer, history: History, report: Report | None
+    unread: tuple[int, StepMeasures] | None,
+    optimizer: Optimizer,
+    history: History,
+    report: Report | None,
+    *,
+    last: bool = False,
 ) -> None:
     """Look at what a step measured, for which the host waits.
 
@@ -343,7 +374,8 @@ def read_measures(
     elif not (math.isfinite(loss) and math.isfinite(gradient_norm)):
         raise BadLoss(step, loss, gradient_norm)
     if report is not None:
-        report.step_done(step, loss, gradient_norm, optimizer.learning_rates(step - 1), measures.skipped)
+        rates = optimizer.learning_rates(step - 1)
+        report.step_done(step, loss, gradient_norm, rates, skipped=measures.skipped, last=last)
 
 
 def open_stream(plan: TrainingPlan, *, pin_memory: bool) -> BatchStream:

@@ -11,6 +11,7 @@ from pipeline.artifacts import Artifact, artifact_at
 from pipeline.config import Config
 from pipeline.training.checkpoints import CheckpointStore
 from pipeline.training.extend import begin_from, find_finished, suggest
+from pipeline.training.goodput import ACTIVITIES
 from tests.pipeline.tiny_training import tiny_config
 
 
@@ -36,7 +37,8 @@ def finish(storage: str, *settings: str) -> Artifact:
     checkpoint = Artifact(f"{artifact.url}/checkpoints/step-{steps:08d}-0123", "checkpoint", artifact.fingerprint)
     record = checkpoint.write_text("progress.json", '{"saved": 1.0}')
     checkpoint.commit({"step": steps, "bits_per_byte": 2.0}, {"progress.json": record})
-    artifact.commit({"steps": steps, "mlflow_run_id": "run"}, {})
+    seconds = dict.fromkeys(ACTIVITIES, 0.0) | {"compute": 60 * config.train.minutes, "startup": 1e6}
+    artifact.commit({"steps": steps, "mlflow_run_id": "run", "seconds": seconds}, {})
     return artifact
 
 
@@ -113,6 +115,15 @@ def test_its_checkpoint_lies_where_the_new_run_looks_and_its_time_begins_now(sto
     assert manifest.counts["step"] == 12
     assert json.loads(output.read_text(f"checkpoints/{name}/progress.json"))["saved"] == 0
     assert begin_from(config, output), "killed there, it begins again"
+
+
+def test_a_timed_run_goes_on_for_more_minutes_or_to_more_steps(tmp_path: Path) -> None:
+    storage = str(tmp_path)
+    artifact = finish(storage, "train.minutes=5")
+    for settings in ("train.minutes=8", "train.steps=20"):
+        assert extended(storage, settings) == artifact.fingerprint, settings
+    with pytest.raises(ValueError, match=r"it worked for 5\.0 minutes; give train.minutes above that, not 4"):
+        extended(storage, "train.minutes=4")
 
 
 def test_a_run_with_a_name_keeps_its_folder_when_it_is_extended(tmp_path: Path) -> None:

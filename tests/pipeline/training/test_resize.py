@@ -64,9 +64,9 @@ def test_workers_that_are_not_there_are_not_asked(line: Any, failed: bool) -> No
 def test_a_wish_makes_one_checkpoint(line: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     agreement = Agreement(1, line)
     monkeypatch.setattr("pipeline.training.agreement.is_preempted", lambda: False)  # asks Ray Train
-    assert agreement.exchange(save=False) == (False, False)
+    assert agreement.exchange(save=False, share_passed=0.5) == (False, False, 0.5)
     wish = ray.get(line.ask_to_save.remote(2))
     while agreement.save_wish != wish:
         time.sleep(0.05)
-    assert [agreement.exchange(save=False) for _ in range(2)] == [(False, True), (False, False)]
+    assert [agreement.exchange(save=False).save for _ in range(2)] == [True, False]
     agreement.close()

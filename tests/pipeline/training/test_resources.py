@@ -2,10 +2,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.config import TrainConfig
 from pipeline.training import resources
@@ -156,3 +158,19 @@ def test_kuberays_autoscaler_is_known_by_either_of_its_signs(
     monkeypatch.setattr("ray.autoscaler.v2.sdk.get_cluster_status", lambda address: status)
     monkeypatch.setattr(resources.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=""))
     assert resources.can_grow() == grows
+
+
+def test_what_compiling_needs_on_a_cpu_is_named_where_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from torch._inductor import config as inductor
+
+    cpu = torch.device("cpu")
+    assert resources.find_missing_for_compile(torch.device("cuda")) == ""
+    monkeypatch.setattr(inductor.cpp, "cxx", (None, "no-such-compiler"))
+    assert resources.find_missing_for_compile(cpu) == "a C++ compiler (g++)"
+    monkeypatch.setattr(inductor.cpp, "cxx", (None, "true"))
+    monkeypatch.setattr(resources.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert "Python.h: the package python3-dev" in resources.find_missing_for_compile(cpu)
+    (tmp_path / "Python.h").touch()
+    assert resources.find_missing_for_compile(cpu) == ""

@@ -15,6 +15,7 @@ from pipeline.search.space import Point, configure
 from pipeline.search.study import PRESET, Final, Findings
 from pipeline.search.trial import DONE, FAILED, STOPPED, Record, Trial
 from pipeline.search.verdict import fit_scaling, judge
+from tests.pipeline.search.plain_demo import PLAIN
 
 POINTS: list[Point] = [PRESET, {"train.batch_tokens": "8192"}, {"optimizer.muon_learning_rate": "0.04"}]
 NOWHERE = Artifact("/nowhere", "search", "s" * 20)
@@ -22,7 +23,7 @@ NOWHERE = Artifact("/nowhere", "search", "s" * 20)
 
 @pytest.fixture
 def demo() -> Config:
-    return load_config("demo", ["search.space=[train.batch_tokens = 8192]", "storage=/elsewhere"])
+    return load_config("demo", [*PLAIN, "search.space=[train.batch_tokens = 8192]", "storage=/elsewhere"])
 
 
 @pytest.fixture

@@ -5,11 +5,12 @@ import pytest
 from pipeline import orchestrator
 from pipeline.config import Config, SearchConfig, load_config
 from pipeline.search.space import Choices, Range, configure, draw_points, parse_space, target_tokens
+from tests.pipeline.search.plain_demo import PLAIN
 
 
 @pytest.fixture
 def demo() -> Config:
-    return load_config("demo")
+    return load_config("demo", PLAIN)
 
 
 def test_entries_are_values_values_together_and_ranges() -> None:
@@ -84,7 +85,7 @@ def test_the_presets_own_point_is_the_presets_own_training(demo: Config, monkeyp
     assert train.settings(own) == train.settings(demo)
     assert train.settings(configure(demo, {"train.batch_tokens": "4096"})) == train.settings(demo)
     assert train.settings(configure(demo, {}, seed=5)) != train.settings(demo)
-    assert configure(load_config("demo", ["train.run=mine"]), {}).train.run == ""
+    assert configure(load_config("demo", [*PLAIN, "train.run=mine"]), {}).train.run == ""
 
 
 def test_a_larger_batch_takes_fewer_steps_and_as_many_tokens(demo: Config) -> None:

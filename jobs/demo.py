@@ -9,6 +9,7 @@ It stays up until Ctrl-C; with CI=true or without a terminal it ends after the a
 import argparse
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,7 @@ QUESTION = "What does `os.path.join` do?"  # for one that answers
 KNOWS_LITTLE = (
     "It has 3 million parameters and knows little: its answers are about what was asked, and often wrong.\n\n"
 )
+SENTENCE_END = re.compile(r"[.!?](?=\s)|\n\n")
 SAMPLING = {"max_tokens": 96, "temperature": 0.7, "seed": 1, "stream": True}
 
 
@@ -79,14 +81,29 @@ def show_answer(address: str, model: str, question: str, context_length: int) ->
     """
     print(f"\n{question}", end="" if context_length else "\n", flush=True)
     try:
-        for piece in (
-            ask(address, model, question, context_length) if context_length else talk(address, model, question)
-        ):
+        if context_length:
+            pieces = whole_sentences(ask(address, model, question, context_length))
+        else:
+            pieces = talk(address, model, question)
+        for piece in pieces:
             print(piece, end="", flush=True)
     except (ValueError, OSError) as error:
         print(f"\nerror: The question was not answered: {error}", file=sys.stderr, flush=True)
         return False
     return True
+
+
+def whole_sentences(pieces: Iterable[str]) -> Iterator[str]:
+    """Pass a text on sentence by sentence; the last one only where it is whole, or the only one there is."""
+    held, passed = "", False
+    for piece in pieces:
+        held += piece
+        ends = [found.end() for found in SENTENCE_END.finditer(held)]
+        if ends:
+            yield held[: ends[-1]]
+            held, passed = held[ends[-1] :], True
+    if held and (not passed or held.rstrip().endswith((".", "!", "?"))):
+        yield held
 
 
 def ask(address: str, model: str, prompt: str, context_length: int) -> Iterator[str]:

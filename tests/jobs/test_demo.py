@@ -33,6 +33,20 @@ def test_the_answer_is_streamed(server: LocalServer, capsys: pytest.CaptureFixtu
     assert len(capsys.readouterr().out) > len("\nReturn a new")
 
 
+@pytest.mark.parametrize(
+    ("pieces", "shown"),
+    [
+        (["It is", " a list. It", " has no"], "It is a list."),
+        (["It is", " a list. It", " ends."], "It is a list. It ends."),
+        (["e.g", ".x is 3.", "5 and", " more"], "e.g.x is 3.5 and more"),
+        (["Done!\n", "\nThen"], "Done!\n\n"),
+        ([], ""),
+    ],
+)
+def test_an_answer_that_was_cut_is_shown_up_to_its_last_whole_sentence(pieces: list[str], shown: str) -> None:
+    assert "".join(demo.whole_sentences(pieces)) == shown
+
+
 @pytest.mark.parametrize("num_tokens", [0, CONTEXT - 97, CONTEXT - 96, CONTEXT - 2])
 def test_a_question_leaves_the_answer_what_room_there_is(server: LocalServer, num_tokens: int) -> None:
     question = "0" * num_tokens  # the tiny tokenizer has no token of two zeros

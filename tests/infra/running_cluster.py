@@ -30,6 +30,7 @@ TINY = [
     "model.num_heads=2",
     "model.context_length=64",
     "train.batch_tokens=512",
+    "train.compile=false",
     "train.evaluate_every_steps=1000",
     "train.evaluation_tokens=1024",
     "train.checkpoint_every_steps=5",

@@ -43,7 +43,7 @@ TOLD_SETTINGS = (
     *("optimizer.kind", "optimizer.learning_rate", "optimizer.schedule"),
     *("train.steps", "train.batch_tokens", "train.num_workers", "train.precision"),
 )
-OF_THE_SERVICE = ("serve", "register", "evaluate")  # sections that say nothing of a training
+OF_OTHERS = ("serve", "register", "evaluate", "search")  # sections that say nothing of a training
 # What a data set is to a run, in the words of MLflow's pages.
 DATA_CONTEXTS = {"prepare": "training", "tokenizer": "tokenizer", "start": "start"}
 
@@ -302,7 +302,7 @@ def tell_settings(config: Config) -> dict[str, Any]:
     """The few settings that a person looks for: what every training is asked for, and what was chosen for this one."""
     usual, told = flatten(dataclasses.asdict(Config())), {}
     for key, value in flatten(dataclasses.asdict(config)).items():
-        chosen = value != usual.get(key) and "." in key and key.partition(".")[0] not in OF_THE_SERVICE
+        chosen = value != usual.get(key) and "." in key and key.partition(".")[0] not in OF_OTHERS
         if key in TOLD_SETTINGS or chosen:
             told[key] = value
     return told

@@ -69,7 +69,7 @@ def test_a_run_has_few_parameters_and_all_settings_in_its_file(tracked_config: C
     told = tracking.tell_settings(chosen)
     assert told["optimizer.warmup_steps"] == 7
     assert told["train.steps"] == chosen.train.steps
-    assert not [key for key in told if key.startswith(("serve", "register", "evaluate"))]
+    assert not [key for key in told if key.startswith(("serve", "register", "evaluate", "search"))]
     assert len(told) <= 30
     run_id = tracking.open_run(chosen, None, name="x", data={}, facts={"fingerprint": "f"})
     mlflow.MlflowClient().log_text(run_id, "train:\n  log_every_steps: 9\n", "config.yaml")

@@ -14,7 +14,7 @@ from model.optimizer import schedule
 from pipeline import train
 from pipeline.config import TrainConfig
 from pipeline.training.length import WORK, Length, work_seconds
-from tests.pipeline.tiny_training import start_training, tiny_config, tiny_inputs, tiny_output
+from tests.pipeline.tiny_training import last_history, start_training, tiny_config, tiny_inputs, tiny_output
 
 
 def seconds(**spent: float) -> dict[str, float]:
@@ -59,16 +59,17 @@ def test_a_timed_training_lasts_its_minutes_and_its_rates_fall_to_their_end(ray_
     assert max(later - earlier for earlier, later in pairwise(rates[2:])) < 0.2 * max(rates)
 
 
+@pytest.mark.slow
 def test_a_timed_training_that_was_stopped_goes_on_with_the_time_that_is_left(
     ray_session: None, tmp_path: Path
 ) -> None:
-    config = tiny_config(str(tmp_path), "train.minutes=0.15")
+    config = tiny_config(str(tmp_path), "train.minutes=0.2", "train.evaluate_every_steps=2")
     inputs = tiny_inputs(config)
     output = tiny_output(config, inputs)
 
     def stop_soon(plan: Any, line: Any) -> None:
         def wait() -> None:
-            while not any(step >= 6 for step, _ in ray.get(line.scores.remote())):
+            while not any(step >= 2 for step, _ in ray.get(line.scores.remote())):
                 sleep(0.1)
             line.stop.remote()
 
@@ -76,6 +77,10 @@ def test_a_timed_training_that_was_stopped_goes_on_with_the_time_that_is_left(
 
     with pytest.raises(SystemExit):
         train.run(config, inputs, output, stop_soon)
+    first = work_seconds(last_history(config, output).seconds)
+    assert 0 < first < 12
     counts = train.run(config, inputs, output).counts
     assert counts["restarts"] == 1
-    assert 9 <= work_seconds(counts["seconds"]) < 12
+    both = work_seconds(counts["seconds"])
+    assert both >= 12
+    assert both - first < 12, "the second had what the first left"

@@ -9,14 +9,12 @@ checkpoint: the copy of weights and optimizer state, beside the time of a step.
 
 import argparse
 import json
-import multiprocessing
 import os
-import socket
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 # One thread per worker, before torch is imported: the point is what a second core does.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -24,21 +22,22 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 import torch.distributed as dist
 
+# A script run by its path sees only its own folder.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from model.checkpoint import export_weights, write_model
 from model.cores import count_cores
 from model.gpt import GPT, ModelConfig
 from model.optimizer import OptimizerConfig, build_optimizer
 from model.training import parallelize, train_step
 from pipeline.corpus.stream import Batch
+from tests.benchmarks.ranks import run_ranks
 
 CONTEXT, SEQUENCES, MICRO_BATCH, VOCABULARY = 256, 16, 4, 4096
 MODEL = ModelConfig(num_layers=6, width=256, num_heads=4, context_length=CONTEXT)
 
 
-def work(rank: int, world_size: int, port: int, steps: int, answers: Any) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+def work(rank: int, world_size: int, steps: int) -> tuple[list[float], list[float], list[float], int]:
     torch.manual_seed(0)
     model = GPT(MODEL, VOCABULARY)
     module = parallelize(model, strategy="ddp" if world_size > 1 else "none")
@@ -64,27 +63,7 @@ def work(rank: int, world_size: int, port: int, steps: int, answers: Any) -> Non
                 write_model(Path(folder), MODEL, VOCABULARY, weights)
                 torch.save(state, Path(folder) / "training_state.pt")
                 writes.append(time.perf_counter() - began)
-    dist.barrier()
-    dist.destroy_process_group()
-    if rank == 0:
-        answers.put((seconds[1:], waits, writes, model.num_parameters()))  # the first step also warms up
-
-
-def measure(world_size: int, steps: int) -> tuple[list[float], list[float], list[float], int]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    workers = [
-        context.Process(target=work, args=(rank, world_size, port, steps, answers)) for rank in range(world_size)
-    ]
-    for worker in workers:
-        worker.start()
-    answer = answers.get(timeout=600)
-    for worker in workers:
-        worker.join()
-    return answer
+    return seconds[1:], waits, writes, model.num_parameters()  # the first step also warms up
 
 
 def main() -> None:
@@ -99,7 +78,7 @@ def main() -> None:
     print(f"{'workers':>8} {'s/step':>8} {'tokens/s':>10}")
     for _ in range(options.rounds):
         for world_size in (1, 2):
-            times, waited, written, num_parameters = measure(world_size, options.steps)
+            times, waited, written, num_parameters = run_ranks(work, world_size, options.steps)
             seconds[world_size] += times
             waits, writes = waits + waited, writes + written
             median = statistics.median(times)

@@ -11,7 +11,6 @@ import argparse
 import gc
 import json
 import math
-import multiprocessing
 import os
 import re
 import statistics
@@ -31,13 +30,13 @@ import torch.distributed as dist
 # A script run by its path sees only its own folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from jobs.demo import free_port
 from model.gpt import GPT, flops_per_token
 from model.optimizer import build_optimizer
 from model.training import ONE_HEAP, autocast, choose_precision, parallelize, train_step
 from pipeline.artifacts import MANIFEST
 from pipeline.config import Config, load_config
 from pipeline.corpus.stream import Batch
+from tests.benchmarks.ranks import run_ranks
 from tests.benchmarks.train_step import matrix_shapes
 
 WORKERS = 2
@@ -62,18 +61,15 @@ def run_stages(options: argparse.Namespace) -> dict[str, Any]:
     return {"stages": stages, "train": counts["train"], "evaluate": counts["evaluate"]}
 
 
-def take_apart(rank: int, port: int, config: Config, rounds: int, answers: Any) -> None:
-    """Be one of two workers; rank 0 answers with the seconds of each part."""
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=WORKERS)
+def take_apart(rank: int, world_size: int, config: Config, rounds: int) -> tuple[dict[str, float], int, str]:
+    """Be one of two workers; returns the seconds of each part, the operations of a token, and the precision."""
     torch.manual_seed(0)
     precision = choose_precision(config.train.precision, "cpu")
     context, vocab_size = config.model.context_length, config.tokenizer.most_tokens
     model = GPT(config.model, vocab_size)
     module: Any = parallelize(model, strategy="ddp", compile=config.train.compile, precision=precision)
     optimizer = build_optimizer(model, config.optimizer, config.train.steps, precision)
-    mine = config.train.batch_tokens // context // WORKERS
+    mine = config.train.batch_tokens // context // world_size
     tokens = torch.randint(0, vocab_size, (mine, context + 1))
     batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
     size = config.train.micro_batch_sequences
@@ -119,10 +115,8 @@ def take_apart(rank: int, port: int, config: Config, rounds: int, answers: Any) 
             run()
             if number:
                 seconds[name].append(time.perf_counter() - began)
-    dist.destroy_process_group()
-    if rank == 0:
-        medians = {name: statistics.median(each) for name, each in seconds.items()}
-        answers.put((medians, flops_per_token(config.model, vocab_size), str(precision).removeprefix("torch.")))
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    return medians, flops_per_token(config.model, vocab_size), str(precision).removeprefix("torch.")
 
 
 def make_products(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -135,18 +129,7 @@ def make_products(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> l
 
 def measure_step(config: Config, rounds: int) -> tuple[dict[str, float], int, str]:
     os.environ |= ONE_HEAP  # as the workers have it
-    spawning = multiprocessing.get_context("spawn")
-    answers = spawning.Queue()
-    port = free_port(29_511)
-    workers = [
-        spawning.Process(target=take_apart, args=(rank, port, config, rounds, answers)) for rank in range(WORKERS)
-    ]
-    for worker in workers:
-        worker.start()
-    answer = answers.get(timeout=900)
-    for worker in workers:
-        worker.join()
-    return answer
+    return run_ranks(take_apart, WORKERS, config, rounds)  # type: ignore[no-any-return]
 
 
 def main() -> None:

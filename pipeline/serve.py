@@ -17,7 +17,7 @@ import ray
 import torch
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.config import AutoscalingConfig, HTTPOptions
+from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
 from model.cores import count_cores
@@ -34,6 +34,7 @@ logger = logging.getLogger("ray.serve")
 
 DEPLOYMENT = "completions"
 METRICS_TIMEOUT_SECONDS = 2.0
+ROUTER = "pipeline.serving.router:LeastBusyRouter"  # by name: it is Serve's proxies that import it
 
 
 @serve.ingress()
@@ -156,6 +157,7 @@ def bind_app(name: str, settings: ServeConfig, tracking_uri: str, keys: tuple[Ap
         graceful_shutdown_wait_loop_s=1,
         health_check_period_s=5,
         health_check_timeout_s=30,
+        request_router_config=RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]  # takes a name
         ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
         logging_config=LoggingConfig(enable_access_log=settings.access_log),
         **scaling,

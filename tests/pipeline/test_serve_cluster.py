@@ -208,26 +208,16 @@ def test_killed_replica_costs_only_its_running_requests(http: httpx.Client, endp
             else:
                 results.append(said(answer.status_code, json.loads(lines[-1].removeprefix("data: "))))
 
-    threads: list[threading.Thread] = []
-    ended = 0
-
-    def both_replicas_work() -> bool:
-        """Serve deals out a burst by chance, at times all of it to one replica: ask until each has two requests."""
-        nonlocal ended
-        for stream in (True, False):
-            threads.append(threading.Thread(target=ask, args=(stream,)))
-            threads[-1].start()
-        ended = len(results)
-        running = running_sequences(http)
-        return len(running) == 2 and min(running) >= 2
-
-    until(both_replicas_work, seconds=20)
+    threads = [threading.Thread(target=ask, args=(number % 2 == 0,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    until(lambda: running_sequences(http) == [4, 4], seconds=20)
     os.kill(replica_pids()[0], signal.SIGKILL)
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive(), "A request hangs."
     assert len(results) == len(threads)
-    assert results[ended:].count("200") >= 2, results  # the other replica's
+    assert results.count("200") == 4, results  # the other replica's
     broken = [result for result in results if result != "200"]
     assert broken
     assert set(broken) <= {f"503 {LOST}", f"200 {LOST}"}  # a stream's status is long gone

@@ -123,6 +123,20 @@ def test_ray_is_started_in_jobs_alone(module: str) -> None:
     assert not starts
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_no_pattern_has_what_early_pythons_3_11_match_wrongly(module: str) -> None:
+    """`(a+|b)*+` finds nothing before Python 3.11.5, Debian's 3.11.2 among them (python/cpython#106052)."""
+    calls = [node for node in ast.walk(ast.parse(source_of(module).read_text())) if isinstance(node, ast.Call)]
+    patterns = [
+        str(part.value, "latin-1") if isinstance(part.value, bytes) else part.value
+        for call in calls
+        if ast.unparse(call.func).startswith("re.") and call.args
+        for part in ast.walk(call.args[0])
+        if isinstance(part, ast.Constant) and isinstance(part.value, str | bytes)
+    ]
+    assert not [pattern for pattern in patterns if re.search(r"(?<!\\)[*+?}]\+|\(\?>", pattern)]
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_has_one_name_in_every_room(stage: str) -> None:
     assert source_of(f"pipeline.{stage}").exists()

@@ -19,7 +19,7 @@ MIN_CHARACTERS = 200
 _SKIPPED_FOLDERS = {"test", "tests", "testing", "idlelib", "lib2to3", "site-packages", "dist-packages", "_vendor"}
 # A triple-quoted string at the start of a file or right after a line that ends in a colon.
 _DOCSTRING = re.compile(
-    r'(?:\A(?:[ \t]*#[^\n]*\n|[ \t]*\n)*|:[ \t]*\n[ \t]*)([rR]?"""(?:[^"\\]+|\\.|"(?!""))*+""")', re.DOTALL
+    r'(?:\A(?:[ \t]*#[^\n]*\n|[ \t]*\n)*|:[ \t]*\n[ \t]*)([rR]?"""[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*""")', re.DOTALL
 )
 _LETTERS = re.compile(r"[A-Za-z ]+")
 _WORDS = re.compile(r"[a-z']+")

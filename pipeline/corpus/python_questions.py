@@ -27,7 +27,7 @@ QUESTIONS = (
 )
 
 _DEFINITION = re.compile(r"^([ ]*)(?:async )?(def|class) (\w+)", re.MULTILINE)
-_DOCSTRING = re.compile(r':[ \t]*(?:#[^\n]*)?\n[ \t]*([rR]?"""(?:[^"\\]+|\\.|"(?!""))*+""")', re.DOTALL)
+_DOCSTRING = re.compile(r':[ \t]*(?:#[^\n]*)?\n[ \t]*([rR]?"""[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*""")', re.DOTALL)
 # A point before a small letter ends no sentence: "e.g. an array".
 _SENTENCE = re.compile(r"[A-Z](?:[^.!?]|[.!?](?!\s+[^a-z]|\s*\Z))*[.](?=\s+[^a-z]|\s*\Z)")
 _PLAIN = re.compile(r"[A-Za-z0-9 ,.'`()\-]+")

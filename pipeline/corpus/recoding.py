@@ -85,7 +85,7 @@ def _recode(blocks: Iterable[bytes], codec: str) -> Iterator[bytes]:
 
 
 _BRACKET = re.compile(rb'["\[\]{},]')
-_STRING = re.compile(rb'"(?:[^"\\]+|\\.)*+"', re.DOTALL)
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 def _json_rows(blocks: Iterator[bytes]) -> Iterator[bytes]:

@@ -221,6 +221,22 @@ def parallelize(
     return module
 
 
+def compile_ahead(
+    module: DistributedDataParallel, rows: int, context_length: int, precision: torch.dtype, *, documents: bool
+) -> None:
+    """Have a compiled module's code made, or found in the cache, by a made-up micro-batch of which nothing stays.
+
+    No other rank is asked for anything, so one rank can compile with all cores while the others wait.
+    """
+    device = next(module.parameters()).device
+    tokens = torch.zeros(rows, context_length, dtype=torch.int64, device=device)
+    generators = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(generators), autocast(device, precision):
+        nats = module.module(tokens, tokens, find_documents(tokens.int()) if documents else None)
+    nats.backward()
+    module.zero_grad()
+
+
 def scores_as_trained(module: nn.Module, config: ModelConfig) -> bool:
     """Tell whether the code of a compiled training step scores held-out batches too, so that none is compiled for it.
 

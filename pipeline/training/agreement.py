@@ -42,6 +42,11 @@ class Agreement:
             dist.broadcast_object_list(found, src=0, group=self._group)
         return found[0]
 
+    def wait_for_all(self) -> None:
+        """Go on when all ranks have come here."""
+        if self._group is not None:
+            dist.barrier(self._group)
+
     def exchange(self, *, save: bool, share_passed: float = 0.0) -> Agreed:
         """Tell the others whether to stop and to save, and what share of the minutes has passed on rank 0's clock.
 

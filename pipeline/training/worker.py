@@ -19,6 +19,7 @@ import ray.train.torch
 import torch
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from model.chat import open_template, save_template
 from model.checkpoint import (
@@ -40,6 +41,7 @@ from model.training import (
     LossModule,
     StepMeasures,
     choose_precision,
+    compile_ahead,
     parallelize,
     scores_as_trained,
     train_step,
@@ -99,8 +101,6 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
     if missing:
         logger.warning("train.compile=true needs %s; without it the same is learnt, more slowly.", missing)
     compiles = options.compile and not missing
-    if compiles:
-        set_compile_threads(context.get_local_world_size())
     agreement = Agreement(world_size, line if rank == 0 else None)
     store = CheckpointStore(plan.output, options.keep_checkpoints)
     remove_abandoned(plan.output.fingerprint)
@@ -147,6 +147,9 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
         recompute=options.recompute_activations,
         graphs=options.cuda_graphs,
     )
+    sequences = options.batch_tokens // plan.model.context_length
+    if compiles:
+        compile_in_turns(module, plan, math.ceil(sequences / world_size), precision, agreement)
 
     # optimizer
     length = Length(options)
@@ -229,7 +232,6 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
                 writer.start(write_and_tell)
 
     # loop
-    sequences = plan.train.batch_tokens // plan.model.context_length
     largest_share = math.ceil(sequences / world_size) if strategy == "fsdp" else 0
     batches = stream.batches(history.step, rank, world_size)
     unread: tuple[int, StepMeasures] | None = None  # of the last step: read while a GPU is busy with the next
@@ -312,6 +314,34 @@ def keep_precision(before: str, setting: str, device: torch.device) -> str:
             here,
         )
     return before or here
+
+
+def compile_in_turns(
+    module: torch.nn.Module, plan: TrainingPlan, share: int, precision: torch.dtype, agreement: Agreement
+) -> None:
+    """Compile on one rank of each node with all of its cores; the others then find the code in the node's cache.
+
+    All at once would compile everything as often as a node has ranks. FSDP's ranks cannot run a block alone.
+    """
+    context = ray.train.get_context()
+    if isinstance(module, DistributedDataParallel):
+        rows, documents = min(share, plan.train.micro_batch_sequences), plan.train.document_boundaries
+        compile_mine = partial(
+            compile_ahead,
+            module,
+            rows,
+            plan.model.context_length,
+            precision,
+            documents=documents or bool(plan.chat_template),
+        )
+        is_first = context.get_local_rank() == 0
+        if is_first:
+            set_compile_threads(1)
+            compile_mine()
+        agreement.wait_for_all()
+        if not is_first:
+            compile_mine()
+    set_compile_threads(context.get_local_world_size())
 
 
 def open_held_out(plan: TrainingPlan) -> list[HeldOut]:

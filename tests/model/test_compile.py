@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from model.gpt import GPT, ModelConfig
 from model.optimizer import OptimizerConfig, build_optimizer
 from model.scoring import score_batches
-from model.training import LossModule, parallelize, train_step
+from model.training import LossModule, compile_ahead, parallelize, train_step
 
 # A block of 2 MB: DDP's first bucket, of 1 MB, would end within it.
 MODEL = ModelConfig(num_layers=3, width=256, num_heads=2, context_length=8, mlp_width=512)
@@ -39,7 +39,9 @@ class CountingBackend:
         return graph.forward
 
 
-def count_graphs(strategy: str, recompute: bool = False, as_trained: bool = False) -> dict[str, int]:
+def count_graphs(
+    strategy: str, recompute: bool = False, as_trained: bool = False, ahead: bool = False
+) -> dict[str, int]:
     """Train and score by turns; returns the graphs that there were after each turn."""
     backend, real_compile = CountingBackend(), torch.compile
     torch._dynamo.reset()
@@ -58,6 +60,12 @@ def count_graphs(strategy: str, recompute: bool = False, as_trained: bool = Fals
     scored = module if strategy == "fsdp" else LossModule(model)
     batch = Rows(torch.randint(0, VOCABULARY, (2, 8)), torch.randint(0, VOCABULARY, (2, 8)))
     after = {}
+    if ahead:
+        state = torch.get_rng_state()
+        compile_ahead(module, 2, 8, torch.float32, documents=False)  # type: ignore[arg-type]
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(each.grad is None for each in model.parameters())
+        after["ahead"] = len(backend.graphs)
     for step in range(2):
         train_step(module, optimizer, [batch, batch], step=step, global_tokens=64)
         after[f"training {step}"] = len(backend.graphs)
@@ -100,4 +108,5 @@ def count_on_one_rank(rank: int, world_size: int, meeting: str) -> None:
     for strategy in ("ddp", "fsdp"):
         assert count_graphs(strategy) == EXPECTED, strategy
     assert set(count_graphs("ddp", as_trained=True).values()) == {2}
+    assert set(count_graphs("ddp", as_trained=True, ahead=rank == 0).values()) == {2}, "rank 0 asks nobody for anything"
     dist.destroy_process_group()

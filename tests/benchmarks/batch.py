@@ -1,6 +1,6 @@
 """A file of prompts through Ray Data, beside the bare engine with the same requests in the same run; and its memory.
 
-    .venv/bin/python tests/benchmarks/batch.py [--rows 2000] [--rounds 3] [--memory-rows 1000000]
+    .venv/bin/python tests/benchmarks/batch.py [--rows 2000] [--rounds 9] [--memory-rows 1000000]
 
 Prompts of 4 to 64 tokens, answers of 4 to 64, greedy, none of which stops early. The engine is the same in both, with
 all cores; its time begins with its first step, that of the actor when it has its model, so neither counts the loading.
@@ -145,8 +145,8 @@ async def start_at_once(checkpoint: Path, model: Any, tokenizer: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--width", type=int, default=256, help="of the model, of two layers and random weights")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--width", type=int, default=512, help="of the model, of two layers and random weights")
     parser.add_argument("--memory-rows", type=int, default=0)
     options = parser.parse_args()
     set_environment()

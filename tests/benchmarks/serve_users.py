@@ -20,7 +20,8 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,18 @@ class Server:
             except httpx.HTTPError:
                 time.sleep(1)
         raise RuntimeError(f"{self.name} did not come up: {self.log.read_text()[-1500:]}")
+
+    @contextmanager
+    def alone(self, servers: "list[Server]") -> Iterator[None]:
+        """The others stand still meanwhile: one that waits for requests may look for them on a core of its own."""
+        others = [each.process.pid for each in servers if each is not self]
+        for other in others:
+            os.killpg(other, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for other in others:
+                os.killpg(other, signal.SIGCONT)
 
     def close(self) -> None:
         """End it with the processes that it has started."""
@@ -243,13 +256,15 @@ def compare(options: argparse.Namespace, servers: list[Server], end_of_text: int
         "stream_options": {"include_usage": True},
     }
     for server in servers:
-        asyncio.run(measure(server, 2, 1, body, prompts))  # all is warm
+        with server.alone(servers):
+            asyncio.run(measure(server, 2, 1, body, prompts))  # all is warm
         server.rates.clear()
         server.first_tokens.clear()
     for _ in range(options.rounds):
         for users in options.users:
             for server in servers:
-                asyncio.run(measure(server, users, options.requests, body, prompts))
+                with server.alone(servers):
+                    asyncio.run(measure(server, users, options.requests, body, prompts))
     print(f"{'users':>5} {'':22}{'tokens/s':>10}{'first token ms':>16}{'99th percentile':>17}")
     figures: dict[str, Any] = {}
     for users in options.users:

@@ -141,7 +141,7 @@ def test_a_nodes_network_is_shared_by_its_gpus(capsys: pytest.CaptureFixture[str
 
 
 def test_a_short_training_is_told_in_minutes_or_seconds(capsys: pytest.CaptureFixture[str]) -> None:
-    main([str(PRESETS[0]), "train.steps=100"])
+    main(["demo", "train.steps=100"])
     assert " s " in capsys.readouterr().out.split("GPU time")[1]
 
 

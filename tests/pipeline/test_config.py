@@ -160,7 +160,9 @@ def test_a_preset_goes_by_its_path_or_by_its_name(tmp_path, monkeypatch):
 
 
 def test_a_missing_preset_names_those_there_are():
-    with pytest.raises(ValueError, match=r"no preset 'nowhere.yaml'.*one of demo, demo-chat, gpt-100m, gpt-53m,"):
+    with pytest.raises(
+        ValueError, match=r"no preset 'nowhere.yaml'.*one of books, demo, demo-chat, gpt-100m, gpt-53m,"
+    ):
         load_config("nowhere.yaml")
 
 

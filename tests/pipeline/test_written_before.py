@@ -86,6 +86,7 @@ THEN = {
     "demo": (
         *("train.steps=170", "train.evaluate_every_steps=50", "train.evaluation_tokens=65536"),
         *("optimizer.muon_learning_rate=0.02", "optimizer.embedding_learning_rate=0.2"),
+        "tokenizer.pattern=gpt4",
     )
 }
 

@@ -19,11 +19,13 @@ import torch
 
 from model.chat import CHAT_TEMPLATE
 from pipeline import registry
+from pipeline.artifacts import Artifact, filesystem_of
 from pipeline.config import Config, load_config
 from pipeline.serving import batch
 from pipeline.serving.batch import Batch, Places, RowAnswerer, answer_batch, finished_counts, plan_batch
 from pipeline.serving.live_engine import engine_starter
 from tests.pipeline.tiny_registry import TinyRegistry, make_registry
+from tests.s3_server import s3_server
 
 ENGINE = ("serve.threads=1", "serve.weights=float32", "serve.max_batch_size=4", "serve.cpus_per_replica=0.5")
 ROOT = Path(__file__).parents[3]
@@ -263,3 +265,23 @@ def test_killed_anywhere_the_same_command_goes_on(chatty: TinyRegistry, tmp_path
     done = subprocess.run(command("killed.jsonl"), env=environment, capture_output=True, text=True, timeout=200)
     assert "1,500 of 1,501 rows answered" in done.stdout
     assert (tmp_path / "killed.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_the_command_reads_and_writes_s3(chatty: TinyRegistry, tmp_path: Path) -> None:
+    write_prompts(tmp_path / "prompts.jsonl", 20)
+    (tmp_path / "tiny.yaml").write_text("name: tiny\n")
+    with s3_server() as of_s3:
+        bucket = Artifact("s3://prompts", "generate", "f")
+        bucket.filesystem.mkdir("prompts")
+        bucket.write_bytes("in.jsonl", (tmp_path / "prompts.jsonl").read_bytes())
+        command = [sys.executable, "-m", "jobs.generate", f"--preset={tmp_path}/tiny.yaml", *ENGINE]
+        command += ["--input=s3://prompts/*.jsonl", "--output=s3://prompts/out.parquet"]
+        environment = os.environ | of_s3 | {"MLFLOW_TRACKING_URI": chatty.tracking_uri, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert "20 of 21 rows answered" in done.stdout
+        filesystem, path = filesystem_of("s3://prompts/out.parquet")
+        with filesystem.open(path) as stream:
+            rows = pq.read_table(stream).to_pylist()
+    assert [row["id"] for row in rows] == [*(f"n{number}" for number in range(20)), None]

@@ -53,9 +53,15 @@ def test_a_timed_training_lasts_its_minutes_and_its_rates_fall_to_their_end(ray_
     assert 0 < counts["tokens"] <= 256 * counts["steps"]
     last_evaluation_seconds = 3  # comes when the time is over
     assert 6 <= work_seconds(counts["seconds"]) < 6 + last_evaluation_seconds
-    rates = [each.value for each in training.metric_history()("learning_rate/matrices")]
+    points = training.metric_history()("learning_rate/matrices")
+    rates = [each.value for each in points]
     assert rates[2] == pytest.approx(max(rates))
-    assert rates[-1] < 0.1 * max(rates), "0.05 of the peak is where it ends"
+    # A step's rate is that of the time when it began, as the step before had said: two steps before the end, and the
+    # evaluation that may lie between. On a busy machine those are a tenth of six seconds.
+    seconds_before_end = (points[-1].timestamp - points[-4].timestamp) / 1000
+    at_the_latest = max(rates) * (0.05 + 0.95 * min(1.0, seconds_before_end / 6 / 0.65))
+    assert rates[-1] <= 1.1 * at_the_latest
+    assert rates[-1] < 0.5 * max(rates)
     assert max(later - earlier for earlier, later in pairwise(rates[2:])) < 0.2 * max(rates)
 
 

@@ -20,6 +20,7 @@ from tests.infra.manifests import ROOT
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # two trainings
 def test_most_answers_are_about_what_was_asked(tmp_path: Path) -> None:
     settings = [f"storage={tmp_path}"]
     for preset in ("demo", "demo-chat"):

@@ -34,7 +34,7 @@ logger = logging.getLogger("ray.serve")
 
 DEPLOYMENT = "completions"
 METRICS_TIMEOUT_SECONDS = 2.0
-ROUTER = "pipeline.serving.router:LeastBusyRouter"  # by name: it is Serve's proxies that import it
+ROUTER = "pipeline.serving.router:LeastBusyRouter"  # by name: Serve sends its code to the proxies
 
 
 @serve.ingress()

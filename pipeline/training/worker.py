@@ -324,24 +324,20 @@ def compile_in_turns(
     All at once would compile everything as often as a node has ranks. FSDP's ranks cannot run a block alone.
     """
     context = ray.train.get_context()
-    if isinstance(module, DistributedDataParallel):
-        rows, documents = min(share, plan.train.micro_batch_sequences), plan.train.document_boundaries
-        compile_mine = partial(
-            compile_ahead,
-            module,
-            rows,
-            plan.model.context_length,
-            precision,
-            documents=documents or bool(plan.chat_template),
-        )
-        is_first = context.get_local_rank() == 0
-        if is_first:
-            set_compile_threads(1)
-            compile_mine()
-        agreement.wait_for_all()
-        if not is_first:
-            compile_mine()
-    set_compile_threads(context.get_local_world_size())
+    workers_here, is_first = context.get_local_world_size(), context.get_local_rank() == 0
+    if not isinstance(module, DistributedDataParallel):
+        set_compile_threads(workers_here)
+        return
+    set_compile_threads(1 if is_first else workers_here)
+    rows, documents = min(share, plan.train.micro_batch_sequences), plan.train.document_boundaries
+    has_documents = documents or bool(plan.chat_template)
+    compile_mine = partial(compile_ahead, module, rows, plan.model.context_length, precision, documents=has_documents)
+    if is_first:
+        compile_mine()
+        set_compile_threads(workers_here)
+    agreement.wait_for_all()
+    if not is_first:
+        compile_mine()
 
 
 def open_held_out(plan: TrainingPlan) -> list[HeldOut]:

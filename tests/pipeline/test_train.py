@@ -210,3 +210,12 @@ def test_settings_of_speed_do_not_change_the_fingerprint() -> None:
     plain = train.settings(tiny_config("x"))
     assert plain == train.settings(tiny_config("y", "train.num_workers=4", "train.compile=true", "train.run=mine"))
     assert plain != train.settings(tiny_config("x", "train.steps=13"))
+
+
+@pytest.mark.slow
+def test_two_workers_of_which_one_compiles_learn_as_uncompiled_ones(ray_session: None, tmp_path: Path) -> None:
+    losses = [
+        start_training(str(tmp_path / compiled), f"train.compile={compiled}", "train.num_workers=2").losses()
+        for compiled in ("true", "false")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

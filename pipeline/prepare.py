@@ -8,6 +8,7 @@ Where the input is cut depends on the input alone (corpus/files.py), and each un
 
 import hashlib
 import io
+import math
 import posixpath
 import shutil
 import tempfile
@@ -144,7 +145,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
     extra = {*plan.duplicates, *([RUNS] if runs is not None else [])}
     _clear_work(plan, {*there, *first.files, *total.files, *extra}, tallies, files)
     card.log_to_mlflow(config, output, manifest, pages)
-    _say(total, listing, runs)
+    _say(total, listing, runs, config.prepare.validation_fraction)
     return manifest
 
 
@@ -188,7 +189,7 @@ def _collect_runs(entries: list[str], output: Artifact) -> Runs | None:
     return keep_runs(Runs.of(items), output) if items else None
 
 
-def _say(total: Tally, listing: Listing, runs: Runs | None) -> None:
+def _say(total: Tally, listing: Listing, runs: Runs | None, validation_fraction: float) -> None:
     """Print what was kept and what was lost, and warn of what somebody should look at."""
     omissions = total.omissions
     reasons = omissions.reasons(listing)
@@ -213,11 +214,25 @@ def _say(total: Tally, listing: Listing, runs: Runs | None) -> None:
             f" fewer than {FEWEST_DOCUMENTS}: a second version would stay a challenger. Raise"
             f" prepare.validation_fraction."
         )
+    warnings += _warn_of_share(validation["documents"], total.documents, validation_fraction)
     if runs is not None:
         lines, more = runs.describe(total.dropped)
         warnings += more
         print("".join(f"prepare   {line}\n" for line in lines), end="", flush=True)
     warn("prepare", warnings)
+
+
+def _warn_of_share(held_out: int, documents: int, asked: float) -> list[str]:
+    """Warn where chance does not explain how many documents are held out."""
+    expected = documents * asked
+    if expected < 10 or abs(held_out - expected) <= 6 * math.sqrt(expected * (1 - asked)):
+        return []
+    share = held_out / documents
+    return [
+        f"{held_out:,} of {documents:,} documents ({share:.2%}) are held out, where prepare.validation_fraction asks"
+        f" for {asked:.2%}. The SHA-256 of a document's text decides, so this text was itself chosen by it, or repeats"
+        f" documents. For {asked:.2%} set prepare.validation_fraction={asked * asked / share:.2g}."
+    ]
 
 
 def _prepare_all(plan: PreparePlan, found: list[Slice], finished: Mapping[str, Tally]) -> dict[str, Tally]:

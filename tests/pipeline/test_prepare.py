@@ -1,8 +1,10 @@
 """Shards hold every document, are the same bytes whoever makes them, and survive any stop."""
 
+import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -235,6 +237,19 @@ def test_the_split_of_a_document_does_not_move(ray_session: None, tmp_path: Path
         output, _ = run(configure(storage, write_jsonl(tmp_path / f"{label}.jsonl", listed)), storage, label)
         held_out.append(set(read_texts(output, tokenizer, "val")))
     assert held_out[0] <= held_out[1]
+
+
+def test_a_corpus_that_the_same_hash_has_chosen_is_told_which_fraction_holds_out_what_it_asked_for(
+    ray_session: None, tmp_path: Path, storage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [text for text in make_texts(2000) if hashlib.sha256(text.encode()).digest()[0] < 64]  # a quarter of them
+    shelf = write_jsonl(tmp_path / "shelf.jsonl", texts)
+    run(configure(storage, shelf), storage)
+    said = " ".join(capsys.readouterr().err.split())
+    advised = re.search(r"For 10\.00% set prepare\.validation_fraction=(0\.0\d+)\.", said)
+    assert advised is not None, said
+    _, manifest = run(configure(storage, shelf, **{"prepare.validation_fraction": advised[1]}), storage, "q")
+    assert manifest.counts["val"]["documents"] == pytest.approx(0.1 * len(texts), rel=0.4)
 
 
 def test_bad_input_is_one_sentence(ray_session: None, tmp_path: Path, storage: str) -> None:

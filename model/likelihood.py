@@ -12,13 +12,14 @@ Shapes: B rows, T tokens of a row.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model.gpt import CHUNK_LOGITS, DEFAULT_CHUNK_LOGITS, GPT
+from model.gpt import DEFAULT_CHUNK_LOGITS, GPT
 from model.tokenizer import Tokenizer
 from model.training import autocast
 
@@ -26,6 +27,8 @@ from model.training import autocast
 ROW_TOKENS = 128
 BATCH_TOKENS = {"cpu": 4096}
 DEFAULT_BATCH_TOKENS = 65_536
+# On a CPU each product with the head lays its weights out anew, which few rows do not pay for; logits are read once.
+LOGITS_AT_ONCE = {"cpu": 2**25}
 
 
 @dataclass(frozen=True)
@@ -221,17 +224,29 @@ def _score_edges(model: GPT, hidden: Tensor, parents: np.ndarray, targets: np.nd
     device = hidden.device
     order = np.argsort(parents, kind="stable")
     unique, inverse = np.unique(parents[order], return_inverse=True)
-    chunk = max(CHUNK_LOGITS.get(device.type, DEFAULT_CHUNK_LOGITS) // len(model.head.weight), 128)
+    chunk = max(LOGITS_AT_ONCE.get(device.type, DEFAULT_CHUNK_LOGITS) // len(model.head.weight), 128)
     nats, greedy = np.empty(len(targets)), np.empty(len(targets), dtype=bool)
     bounds = np.searchsorted(inverse, np.arange(0, len(unique) + chunk, chunk))
     for number, start in enumerate(range(0, len(unique), chunk)):
         chosen = torch.from_numpy(unique[start : start + chunk]).to(device)
-        logits = model.logits(hidden[chosen]).float()
+        logits = model.logits(hidden[chosen])
         places = order[bounds[number] : bounds[number + 1]]
         rows = torch.from_numpy(inverse[bounds[number] : bounds[number + 1]] - start).to(device)
         wanted = torch.from_numpy(targets[places]).to(device)
-        best = logits.argmax(dim=-1)
-        # One pass over the logits on a CPU; `logsumexp` makes five.
-        nats[places] = logits.log_softmax(dim=-1)[rows, wanted].double().cpu().numpy()
+        log_sums, best = _summarise(logits)
+        nats[places] = (logits[rows, wanted].float() - log_sums[rows]).double().cpu().numpy()
         greedy[places] = (best[rows] == wanted).cpu().numpy()
     return nats, greedy
+
+
+def _summarise(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The log of the sum of exponentials of each row of `logits` [N, V], and the place of its largest."""
+    if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16):
+        with suppress(ModuleNotFoundError):  # without the folder model/cpu torch does it, more slowly
+            from model.cpu.kernel import load_kernel, summarise_logits
+
+            kernel = load_kernel()
+            if kernel is not None:
+                return summarise_logits(kernel, logits)
+    logits = logits.float()
+    return logits.logsumexp(dim=-1), logits.argmax(dim=-1)

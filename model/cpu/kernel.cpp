@@ -9,6 +9,8 @@
 //
 // GCC and Clang compile their vector types to AVX2, AVX-512 or NEON, whichever the machine has. Where it has matrix
 // units (AMX), `multiply_split` multiplies bfloat16 weights, and takes each activation as a sum of two bfloat16 numbers.
+//
+// `summarise_logits` at the end is for those who score texts: many rows of logits, of which each text needs one number.
 
 #include <algorithm>
 #include <atomic>
@@ -665,25 +667,80 @@ template <class W, class C> void run(Crew& crew, const Model& model, const Batch
              false);
 }
 
-extern "C" int32_t forward(const Model* model, const Batch* batch) {
-    // One crew per process and one pass at a time: more would only share the same cores. It is never freed, because its
-    // threads wait in it until the process ends.
-    static std::mutex turn;
+// One crew per process and one pass at a time: more would only share the same cores. It is never freed, because its
+// threads wait in it until the process ends.
+static std::mutex turn;
+static Crew& shared_crew() {
     static Crew* const crew = new Crew();
+    return *crew;
+}
+
+extern "C" int32_t forward(const Model* model, const Batch* batch) {
     const std::lock_guard<std::mutex> lock(turn);
-    crew->wake(batch->threads);
+    Crew& crew = shared_crew();
+    crew.wake(batch->threads);
     const auto pass = [&](auto weight) {
         using W = decltype(weight);
         if (model->cache_type == FLOAT32)
-            run<W, float>(*crew, *model, *batch);
+            run<W, float>(crew, *model, *batch);
         else
-            run<W, uint16_t>(*crew, *model, *batch);
+            run<W, uint16_t>(crew, *model, *batch);
     };
     switch (model->weight_type) {
         case FLOAT32: pass(float()); break;
         case BFLOAT16: pass(uint16_t()); break;
         case INT8: pass(int8_t()); break;
     }
-    crew->rest();
+    crew.rest();
     return 0;
+}
+
+// -- Logits that come from elsewhere ----------------------------------------------------------------------------------
+
+// The logarithm of the sum of a row's exponentials, NaN if one of its `n` logits is not finite, and the first place of
+// its largest. The row comes from memory once: the second reading finds it in the cache.
+template <class T> void summarise(const T* logits, int n, float* log_sum, int32_t* best) {
+    constexpr int BLOCK = 16 * PANEL;
+    float highest = -INFINITY;
+    int begin_of_best = 0;
+    for (int begin = 0; begin < n; begin += BLOCK) {
+        const int end = std::min(begin + BLOCK, n);
+        Floats first, second, high = Floats{} - INFINITY;
+        int i = begin;
+        for (; i + PANEL <= end; i += PANEL) {
+            read_panel(logits + i, first, second);
+            high = first > high ? first : high;
+            high = second > high ? second : high;
+        }
+        float highest_here = -INFINITY;
+        for (int lane = 0; lane < LANES; ++lane) highest_here = std::max(highest_here, high[lane]);
+        for (; i < end; ++i) highest_here = std::max(highest_here, load(logits + i));
+        if (highest_here > highest) highest = highest_here, begin_of_best = begin;
+    }
+    Floats first, second, total = {}, poison = {};
+    float rest = 0;
+    int i = 0;
+    for (; i + PANEL <= n; i += PANEL) {
+        read_panel(logits + i, first, second);
+        total += exponential(first - highest) + exponential(second - highest);
+        poison += (first - first) + (second - second);
+    }
+    for (; i < n; ++i) rest += std::exp(load(logits + i) - highest);
+    *log_sum = highest + std::log(sum(total) + rest) + sum(poison);
+    for (*best = begin_of_best; *best < n - 1 && load(logits + *best) != highest;) ++*best;
+}
+
+// For each of `rows` rows of logits, `stride` apart, in float32 or bfloat16.
+extern "C" void summarise_logits(const void* logits, int32_t type, int64_t rows, int64_t stride, int32_t vocabulary,
+                                 int32_t threads, float* log_sums, int32_t* best) {
+    const std::lock_guard<std::mutex> lock(turn);
+    Crew& crew = shared_crew();
+    crew.wake(threads);
+    crew.share((int)rows, [&](int row, int) {
+        if (type == FLOAT32)
+            summarise((const float*)logits + row * stride, vocabulary, log_sums + row, best + row);
+        else
+            summarise((const uint16_t*)logits + row * stride, vocabulary, log_sums + row, best + row);
+    });
+    crew.rest();
 }

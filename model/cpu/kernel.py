@@ -1,7 +1,8 @@
 """`KernelRunner` runs the model for the engine on a CPU, through the C++ forward pass of kernel.cpp.
 
 `load_kernel` compiles the source once per machine, with the first C++ compiler it finds, into the user's cache folder.
-Where that fails it says why and returns None, and the engine takes `TorchRunner`.
+Where that fails it says why and returns None, and the engine takes `TorchRunner`. `summarise_logits` is in the same
+library.
 """
 
 import ctypes
@@ -146,6 +147,28 @@ class _Batch(ctypes.Structure):
 def kernel_cache_dtype(weights: str) -> torch.dtype:
     """Return the precision in which the kernel keeps keys and values, and its embedding tables."""
     return torch.float32 if weights == "float32" else torch.bfloat16
+
+
+def summarise_logits(kernel: ctypes.CDLL, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log of the sum of exponentials of each row of `logits` [N, V], and the first place of its largest.
+
+    Logits are float32 or bfloat16, what is returned is [N], float32 and int32. A row with a logit that is not finite
+    has NaN. Torch would write the logits in float32 and pass over them several times.
+    """
+    assert logits.stride(1) == 1
+    log_sums = torch.empty(len(logits))
+    best = torch.empty(len(logits), dtype=torch.int32)
+    kernel.summarise_logits(
+        ctypes.c_void_p(logits.data_ptr()),
+        ctypes.c_int32(TYPES[str(logits.dtype).removeprefix("torch.")]),
+        ctypes.c_int64(len(logits)),
+        ctypes.c_int64(logits.stride(0)),
+        ctypes.c_int32(logits.shape[1]),
+        ctypes.c_int32(torch.get_num_threads()),
+        ctypes.c_void_p(log_sums.data_ptr()),
+        ctypes.c_void_p(best.data_ptr()),
+    )
+    return log_sums, best
 
 
 class HugePages:

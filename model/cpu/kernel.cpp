@@ -1,5 +1,6 @@
 // The forward pass of GPT for serving on a CPU: rows of tokens in, logits out. It computes both families, with weights
-// in float32, bfloat16 or int8 and activations in float32, and reads every weight from memory once per step.
+// in float32, bfloat16 or int8 and activations in float32 (but see `multiply_pairs`), and reads every weight from memory
+// once per step.
 //
 // A row is one token of one slot at one position. Each row is computed on its own, and the other rows do not change the
 // order of its additions, so a token gets the same bits alone, in a full batch, in a prompt's chunk, or as a draft.
@@ -9,6 +10,8 @@
 //
 // GCC and Clang compile their vector types to AVX2, AVX-512 or NEON, whichever the machine has. Where it has matrix
 // units (AMX), `multiply_split` multiplies bfloat16 weights, and takes each activation as a sum of two bfloat16 numbers.
+// Where it adds up products of bfloat16 pairs (AVX512_BF16), `multiply_pairs` does, with activations rounded to one, as
+// a training in bfloat16 has them: twice as many products as in float32.
 //
 // `summarise_logits` at the end is for those who score texts: many rows of logits, of which each text needs one number.
 
@@ -21,6 +24,10 @@
 #include <thread>
 #include <type_traits>
 
+#if defined(__AVX512BF16__)
+#define HAS_PAIRS
+#include <immintrin.h>
+#endif
 #if defined(__AMX_BF16__) && defined(__linux__)
 #define HAS_TILES
 #include <immintrin.h>
@@ -44,6 +51,7 @@ typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef int16_t Shorts __attribute__((vector_size(LANES * 2)));
 
 enum Type { FLOAT32, BFLOAT16, INT8 };
+enum Layout { PANELS, TILES, PAIRS };  // of weights; TILES and PAIRS lie alike, and differ in how they are multiplied
 
 // -- Threads ----------------------------------------------------------------------------------------------------------
 
@@ -316,6 +324,83 @@ static void shape_tiles(int) {}
 static void multiply_split(int, const uint16_t*, int, const uint16_t*, long, float*, long) {}
 #endif
 
+// -- The product by pairs ---------------------------------------------------------------------------------------------
+
+// Round `n` numbers of a row to bfloat16, and write zeros up to `padded`.
+inline void round_row(const float* x, int n, int padded, uint16_t* line) {
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) write_cache(line + i, read<Floats>(x + i));
+    for (; i < n; ++i) {
+        const uint32_t bits = read<uint32_t>(x + i);
+        line[i] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    }
+    for (; i < padded; ++i) line[i] = 0;
+}
+
+#if defined(HAS_PAIRS)
+// As `multiply_tile`, for lines of bfloat16 and panels of whole tiles: 16 outputs of one pair of inputs are a register.
+template <int ROWS, int WIDTH>
+void multiply_pairs_tile(const uint16_t* panels, long panel_stride, int inputs, const uint16_t* lines, long stride,
+                         float* out, long out_stride, long ahead) {
+    __m512 sums[ROWS][WIDTH][2];
+    for (int row = 0; row < ROWS; ++row)
+        for (int panel = 0; panel < WIDTH; ++panel) sums[row][panel][0] = sums[row][panel][1] = _mm512_setzero_ps();
+    const auto add = [&](int input, int pair, int panel, int half) {
+        const uint16_t* at = panels + panel * panel_stride + (long)input * PANEL + (half * TILE_ROWS + pair) * PANEL;
+        const __m512bh weights = (__m512bh)_mm512_loadu_si512(at);
+        __builtin_prefetch(at + ahead, 0, 2);
+        for (int row = 0; row < ROWS; ++row) {
+            const __m512bh x = (__m512bh)_mm512_set1_epi32(read<int32_t>(lines + row * stride + input + 2 * pair));
+            sums[row][panel][half] = _mm512_dpbf16_ps(sums[row][panel][half], x, weights);
+        }
+    };
+    for (int input = 0; input < inputs; input += PANEL)
+        if constexpr (WIDTH == 1) {
+            for (int pair = 0; pair < TILE_ROWS; ++pair)
+                for (int half = 0; half < 2; ++half) add(input, pair, 0, half);
+        } else {
+            // Few rows wait for memory, which is read in its order.
+            for (int panel = 0; panel < WIDTH; ++panel)
+                for (int half = 0; half < 2; ++half)
+                    for (int pair = 0; pair < TILE_ROWS; ++pair) add(input, pair, panel, half);
+        }
+    for (int row = 0; row < ROWS; ++row)
+        for (int panel = 0; panel < WIDTH; ++panel)
+            for (int half = 0; half < 2; ++half)
+                _mm512_storeu_ps(out + row * out_stride + panel * PANEL + half * LANES, sums[row][panel][half]);
+}
+
+template <int ROWS, int WIDTH>
+void multiply_pairs_rows(int rows, const uint16_t* panels, long panel_stride, int inputs, const uint16_t* lines,
+                         long stride, float* out, long out_stride, long ahead) {
+    if (rows == ROWS)
+        multiply_pairs_tile<ROWS, WIDTH>(panels, panel_stride, inputs, lines, stride, out, out_stride, ahead);
+    else if constexpr (ROWS > 1)
+        multiply_pairs_rows<ROWS - 1, WIDTH>(rows, panels, panel_stride, inputs, lines, stride, out, out_stride, ahead);
+}
+
+// For any number of rows and one or two panels.
+static void multiply_pairs(int rows, int num_panels, const uint16_t* panels, long panel_stride, int inputs,
+                           const uint16_t* lines, long stride, float* out, long out_stride, long ahead) {
+    const int tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    for (int tile = 0, row = 0; tile < tiles; ++tile) {
+        const int height = (rows - row + tiles - tile - 1) / (tiles - tile);
+        if (num_panels == 2 && height <= FEW_ROWS) {
+            multiply_pairs_rows<FEW_ROWS, 2>(height, panels, panel_stride, inputs, lines + row * stride, stride,
+                                             out + row * out_stride, out_stride, ahead);
+        } else {
+            for (int panel = 0; panel < num_panels; ++panel)
+                multiply_pairs_rows<MAX_ROWS, 1>(height, panels + panel * panel_stride, panel_stride, inputs,
+                                                 lines + row * stride, stride, out + row * out_stride + panel * PANEL,
+                                                 out_stride, ahead);
+        }
+        row += height;
+    }
+}
+#else
+static void multiply_pairs(int, int, const uint16_t*, long, int, const uint16_t*, long, float*, long, long) {}
+#endif
+
 // -- Arithmetic on one row --------------------------------------------------------------------------------------------
 
 inline float sum(Floats values) {
@@ -427,7 +512,7 @@ struct Layer {
 };
 
 struct Model {
-    int32_t tiled, modern, num_layers, width, heads, kv_heads, head_dim, mlp_width, context, slots;
+    int32_t layout, modern, num_layers, width, heads, kv_heads, head_dim, mlp_width, context, slots;
     int32_t weight_type, cache_type;
     float epsilon;
     const void *embedding, *position_embedding;  // bfloat16 or float32, as the cache
@@ -458,11 +543,21 @@ int32_t has_tiles() {
 }
 }
 
+// Whether the processor adds up products of pairs.
+extern "C" int32_t has_pairs() {
+#if defined(HAS_PAIRS)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 constexpr long round_up(long n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
 struct Buffers {  // one line per row; scores: per thread
     float *x, *normed, *qkv, *mixed, *hidden, *scores;
     uint16_t* split;  // two lines per row
+    bool rounds;  // whether `split` holds one rounded line per row, as `multiply_pairs` reads it
     long width_stride, qkv_stride, mixed_stride, hidden_stride, scores_stride, scores_size, split_stride;
 };
 
@@ -489,6 +584,7 @@ static long lay_out(const Model& model, int rows, int threads, float* base, Buff
     b.scores = take(threads * b.scores_size);
     b.split_stride = round_up(std::max({model.width, model.heads * model.head_dim, model.mlp_width}));
     b.split = (uint16_t*)take(rows * b.split_stride);
+    b.rounds = model.layout == PAIRS;
     if (buffers) *buffers = b;
     return used;
 }
@@ -504,7 +600,8 @@ void apply(Crew& crew, const Model& model, const Buffers& b, const Linear& linea
     const int panels = linear.outputs / PANEL;
     const long panel_stride = (long)linear.stored_inputs * PANEL;
     const long ahead = 2 * crew.threads() * panel_stride;  // the item that this thread is likely to take next
-    const bool tiled = std::is_same_v<T, uint16_t> && model.tiled;
+    const bool tiled = std::is_same_v<T, uint16_t> && model.layout == TILES;
+    const bool paired = std::is_same_v<T, uint16_t> && model.layout == PAIRS;
     const int most_rows = tiled ? TILE_ROWS : 3 * MAX_ROWS;
     if (tiled)
         crew.share(rows, [&](int row, int) {
@@ -524,6 +621,9 @@ void apply(Crew& crew, const Model& model, const Buffers& b, const Linear& linea
                 for (int i = 0; i < count; ++i)
                     multiply_split(height, (const uint16_t*)weights + i * panel_stride, linear.stored_inputs,
                                    b.split + 2 * row * b.split_stride, b.split_stride, sums[0] + i * PANEL, 2 * PANEL);
+            } else if (paired) {
+                multiply_pairs(height, count, (const uint16_t*)weights, panel_stride, linear.stored_inputs,
+                               b.split + row * b.split_stride, b.split_stride, sums[0], 2 * PANEL, ahead);
             } else {
                 multiply(height, count, weights, panel_stride, linear.inputs, x + row * x_stride, x_stride, sums[0],
                          2 * PANEL, ahead);
@@ -604,9 +704,16 @@ void attend(Crew& crew, const Model& model, int layer, const Batch& batch, const
         for (int h = 0; h < group; ++h) softmax(scores + h * b.scores_stride, length, scale);
         multiply(group, dim_padded / PANEL, values, (long)model.context * PANEL, length, scores, b.scores_stride, mixed,
                  dim_padded, values_ahead);
-        for (int h = 0; h < group; ++h)
-            std::memcpy(b.mixed + row * b.mixed_stride + (head * group + h) * dim, mixed + h * dim_padded,
-                        dim * sizeof(float));
+        for (int h = 0; h < group; ++h) {
+            const int at = (head * group + h) * dim;
+            if (b.rounds) {
+                const bool is_last = head * group + h == model.heads - 1;
+                round_row(mixed + h * dim_padded, dim, is_last ? (int)b.mixed_stride - at : dim,
+                          b.split + row * b.split_stride + at);
+            } else {
+                std::memcpy(b.mixed + row * b.mixed_stride + at, mixed + h * dim_padded, dim * sizeof(float));
+            }
+        }
     });
 }
 
@@ -625,14 +732,20 @@ static void activate(Crew& crew, const Model& model, int rows, const Buffers& b)
             }
             std::memcpy(gate + i, &out, sizeof out);
         }
+        if (b.rounds)
+            round_row(gate, model.mlp_width, round_up(model.mlp_width), b.split + row * b.split_stride);
     });
 }
 
+// Norm row `from` of x, to row `to` of what the next product reads.
+static void normalise_row(const Model& model, const Norm& norm, int from, int to, const Buffers& b) {
+    float* const normed = b.normed + to * b.width_stride;
+    normalise(b.x + from * b.width_stride, model.width, norm.weight, norm.bias, model.epsilon, normed);
+    if (b.rounds) round_row(normed, model.width, b.width_stride, b.split + to * b.split_stride);
+}
+
 static void normalise_rows(Crew& crew, const Model& model, const Norm& norm, int rows, const Buffers& b) {
-    crew.share(rows, [&](int row, int) {
-        normalise(b.x + row * b.width_stride, model.width, norm.weight, norm.bias, model.epsilon,
-                  b.normed + row * b.width_stride);
-    });
+    crew.share(rows, [&](int row, int) { normalise_row(model, norm, row, row, b); });
 }
 
 // W: type of the weights, C: of the cache and the embeddings.
@@ -659,10 +772,7 @@ template <class W, class C> void run(Crew& crew, const Model& model, const Batch
         activate(crew, model, rows, b);
         apply<W>(crew, model, b, layer.mlp_output, rows, b.hidden, b.hidden_stride, b.x, b.width_stride, true);
     }
-    crew.share(batch.num_logits, [&](int i, int) {
-        normalise(b.x + batch.logit_rows[i] * b.width_stride, width, model.norm.weight, model.norm.bias, model.epsilon,
-                  b.normed + i * b.width_stride);
-    });
+    crew.share(batch.num_logits, [&](int i, int) { normalise_row(model, model.norm, batch.logit_rows[i], i, b); });
     apply<W>(crew, model, b, model.head, batch.num_logits, b.normed, b.width_stride, batch.logits, model.head.outputs,
              false);
 }

@@ -35,6 +35,7 @@ SOURCE = Path(__file__).with_name("kernel.cpp")
 # Contraction rounds a*b+c once, everywhere alike; no fast-math: it would reorder sums.
 FLAGS = ("-O3", "-march=native", "-std=gnu++20", "-ffp-contract=fast", "-pthread", "-shared", "-fPIC", "-Wno-psabi")
 TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}  # `Type` in kernel.cpp
+PANELS, TILES, PAIRS = range(3)  # `Layout` in kernel.cpp
 
 
 @functools.cache
@@ -114,7 +115,7 @@ class _Model(ctypes.Structure):
         *(
             (name, ctypes.c_int32)
             for name in (
-                "tiled",
+                "layout",
                 "modern",
                 "num_layers",
                 "width",
@@ -222,7 +223,9 @@ class KernelRunner:
         self.vocab_size = model.vocab_size
         self._kernel = kernel
         self._panel = int(kernel.panel_width())
-        self._is_tiled = weights == "bfloat16" and bool(kernel.has_tiles())
+        self._layout = PANELS
+        if weights == "bfloat16":
+            self._layout = TILES if kernel.has_tiles() else PAIRS if kernel.has_pairs() else PANELS
         self._memory = HugePages()
         self._tensors: list[Tensor] = []  # whose memory the structs point to
         self._weight_bytes = 0
@@ -234,7 +237,7 @@ class KernelRunner:
         layers = (_Layer * config.num_layers)(*map(self._layer, model.blocks))
         position_embedding = model.position_embedding
         self._model = _Model(
-            tiled=self._is_tiled,
+            layout=self._layout,
             modern=config.is_modern,
             num_layers=config.num_layers,
             width=config.width,
@@ -335,11 +338,11 @@ class KernelRunner:
             weight, scale = quantize(linear.weight.detach())
         else:
             weight = linear.weight.detach().to(torch.float32 if self.weights == "float32" else torch.bfloat16)
-        inputs = -(-linear.in_features // self._panel) * self._panel if self._is_tiled else linear.in_features
+        inputs = -(-linear.in_features // self._panel) * self._panel if self._layout != PANELS else linear.in_features
         padded = weight.new_zeros(outputs, inputs)
         padded[: linear.out_features, : linear.in_features] = weight
-        if self._is_tiled:
-            # A tile of matrix units: 16 pairs of inputs by 16 outputs.
+        if self._layout != PANELS:
+            # A tile: 16 pairs of inputs by 16 outputs.
             packed = padded.view(-1, 2, 16, inputs // 32, 16, 2).permute(0, 3, 1, 4, 2, 5)
         else:
             packed = padded.view(-1, self._panel, inputs).transpose(1, 2)

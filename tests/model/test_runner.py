@@ -144,9 +144,23 @@ def test_matrix_units_add_up_what_the_other_units_do(shape: str, monkeypatch: py
     model, work = random_model(shape), [Work(1, 0, random_tokens(), 40)]
     by_tiles = kernel_runner(model, "bfloat16").run(work)
     monkeypatch.setattr(kernel, "has_tiles", lambda: 0)
+    monkeypatch.setattr(kernel, "has_pairs", lambda: 0)
     without = kernel_runner(model, "bfloat16").run(work)
     # The upper parts of the activations alone would be 0.004 to 0.010 off.
     assert (by_tiles - without).abs().mean() < 0.001
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_of_pairs_are_those_of_rounded_activations(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = load_kernel()
+    if kernel is None or not kernel.has_pairs():
+        pytest.skip("needs a processor that adds up products of bfloat16 pairs, and a C++ compiler")
+    monkeypatch.setattr(kernel, "has_tiles", lambda: 0)
+    model, work = random_model(shape), [Work(1, 0, random_tokens(), 40)]
+    by_pairs = kernel_runner(model, "bfloat16").run(work)
+    monkeypatch.setattr(kernel, "has_pairs", lambda: 0)
+    without = kernel_runner(model, "bfloat16").run(work)
+    assert 0 < (by_pairs - without).abs().mean() < 0.02  # of logits about 6 in size, with 8 bits of each activation
 
 
 def test_a_copied_slot_goes_on_as_its_source() -> None:

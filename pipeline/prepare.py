@@ -8,7 +8,6 @@ Where the input is cut depends on the input alone (corpus/files.py), and each un
 
 import hashlib
 import io
-import math
 import posixpath
 import shutil
 import tempfile
@@ -35,7 +34,7 @@ from pipeline.corpus.contamination import REASON, RUNS, Runs, keep_runs, load_ru
 from pipeline.corpus.files import Listing, Slice, fingerprint_part, listing_of, slices
 from pipeline.corpus.formats import REPLACED, read
 from pipeline.corpus.mixing import MIX, Member, note_members, tokens_per_epoch
-from pipeline.corpus.omissions import EMPTY, LEAST_VALIDATION_DOCUMENTS, warn
+from pipeline.corpus.omissions import EMPTY, LEAST_VALIDATION_DOCUMENTS, warn, warn_of_share
 from pipeline.corpus.progress import Progress
 from pipeline.corpus.shards import ShardWriter
 from pipeline.corpus.units import SPLITS, PreparePlan, Tally, Task, Unit, read_records, run_units, sum_tallies
@@ -214,25 +213,12 @@ def _say(total: Tally, listing: Listing, runs: Runs | None, validation_fraction:
             f" fewer than {FEWEST_DOCUMENTS}: a second version would stay a challenger. Raise"
             f" prepare.validation_fraction."
         )
-    warnings += _warn_of_share(validation["documents"], total.documents, validation_fraction)
+    warnings += warn_of_share(validation["documents"], total.documents, validation_fraction)
     if runs is not None:
         lines, more = runs.describe(total.dropped)
         warnings += more
         print("".join(f"prepare   {line}\n" for line in lines), end="", flush=True)
     warn("prepare", warnings)
-
-
-def _warn_of_share(held_out: int, documents: int, asked: float) -> list[str]:
-    """Warn where chance does not explain how many documents are held out."""
-    expected = documents * asked
-    if expected < 10 or abs(held_out - expected) <= 6 * math.sqrt(expected * (1 - asked)):
-        return []
-    share = held_out / documents
-    return [
-        f"{held_out:,} of {documents:,} documents ({share:.2%}) are held out, where prepare.validation_fraction asks"
-        f" for {asked:.2%}. The SHA-256 of a document's text decides, so this text was itself chosen by it, or repeats"
-        f" documents. For {asked:.2%} set prepare.validation_fraction={asked * asked / share:.2g}."
-    ]
 
 
 def _prepare_all(plan: PreparePlan, found: list[Slice], finished: Mapping[str, Tally]) -> dict[str, Tally]:

@@ -1,5 +1,6 @@
 """What of the input does not reach the shards, said on the screen: documents by reason, files by ending."""
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -86,3 +87,16 @@ def warn(stage: str, warnings: Iterable[str]) -> None:
     """Print warnings so that they are seen among other lines."""
     for sentence in warnings:
         print(f"{stage:<9} WARNING: {sentence}", file=sys.stderr, flush=True)
+
+
+def warn_of_share(held_out: int, documents: int, asked: float) -> list[str]:
+    """Warn where chance does not explain how many documents are held out."""
+    expected = documents * asked
+    if expected < 10 or abs(held_out - expected) <= 6 * math.sqrt(expected * (1 - asked)):
+        return []
+    share = held_out / documents
+    return [
+        f"{held_out:,} of {documents:,} documents ({share:.2%}) are held out, where prepare.validation_fraction asks"
+        f" for {asked:.2%}. The SHA-256 of a document's text decides, so this text was itself chosen by it, or repeats"
+        f" documents. For {asked:.2%} set prepare.validation_fraction={asked * asked / share:.2g}."
+    ]

@@ -200,8 +200,8 @@ def _say(total: Tally, listing: Listing, runs: Runs | None, validation_fraction:
     lost, kept = (sum(total.splits[split][name] for split in SPLITS) for name in ("bytes_without_token", "bytes"))
     if lost:
         print(f"prepare   left out {lost:,} bytes ({lost / (lost + kept):.2%}): the tokenizer has no tokens for them")
-    warnings = omissions.warnings(listing)
     validation = total.splits["val"]
+    warnings = omissions.warnings(listing) + warn_of_share(validation["documents"], total.documents, validation_fraction)
     if validation["documents"] < LEAST_VALIDATION_DOCUMENTS:
         warnings.append(
             f"The validation split has {validation['documents']:,} documents with {validation['tokens']:,} tokens: too"
@@ -213,7 +213,6 @@ def _say(total: Tally, listing: Listing, runs: Runs | None, validation_fraction:
             f" fewer than {FEWEST_DOCUMENTS}: a second version would stay a challenger. Raise"
             f" prepare.validation_fraction."
         )
-    warnings += warn_of_share(validation["documents"], total.documents, validation_fraction)
     if runs is not None:
         lines, more = runs.describe(total.dropped)
         warnings += more

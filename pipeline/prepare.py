@@ -188,7 +188,7 @@ def _collect_runs(entries: list[str], output: Artifact) -> Runs | None:
     return keep_runs(Runs.of(items), output) if items else None
 
 
-def _say(total: Tally, listing: Listing, runs: Runs | None, validation_fraction: float) -> None:
+def _say(total: Tally, listing: Listing, runs: Runs | None, fraction: float) -> None:
     """Print what was kept and what was lost, and warn of what somebody should look at."""
     omissions = total.omissions
     reasons = omissions.reasons(listing)
@@ -201,7 +201,7 @@ def _say(total: Tally, listing: Listing, runs: Runs | None, validation_fraction:
     if lost:
         print(f"prepare   left out {lost:,} bytes ({lost / (lost + kept):.2%}): the tokenizer has no tokens for them")
     validation = total.splits["val"]
-    warnings = omissions.warnings(listing) + warn_of_share(validation["documents"], total.documents, validation_fraction)
+    warnings = omissions.warnings(listing) + warn_of_share(validation["documents"], total.documents, fraction)
     if validation["documents"] < LEAST_VALIDATION_DOCUMENTS:
         warnings.append(
             f"The validation split has {validation['documents']:,} documents with {validation['tokens']:,} tokens: too"

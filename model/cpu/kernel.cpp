@@ -1,5 +1,5 @@
 // The forward pass of GPT for serving on a CPU: rows of tokens in, logits out. It computes both families, with weights
-// in float32, bfloat16 or int8 and activations in float32 (but see `multiply_pairs`), and reads every weight from memory
+// in float32, bfloat16 or int8 and activations in float32 (rounded to bfloat16 for its pairs), and reads every weight from memory
 // once per step.
 //
 // A row is one token of one slot at one position. Each row is computed on its own, and the other rows do not change the
@@ -10,8 +10,8 @@
 //
 // GCC and Clang compile their vector types to AVX2, AVX-512 or NEON, whichever the machine has. Where it has matrix
 // units (AMX), `multiply_split` multiplies bfloat16 weights, and takes each activation as a sum of two bfloat16 numbers.
-// Where it adds up products of bfloat16 pairs (AVX512_BF16), `multiply_pairs` does, with activations rounded to one, as
-// a training in bfloat16 has them: twice as many products as in float32.
+// Where it adds up products of bfloat16 pairs (AVX512_BF16), a `multiply_tile` of its own takes bfloat16 weights and
+// activations rounded to bfloat16, as a training has them: twice as many products as in float32.
 //
 // `summarise_logits` at the end is for those who score texts: many rows of logits, of which each text needs one number.
 
@@ -179,6 +179,16 @@ inline void write_cache(uint16_t* at, Floats values) {
     const Shorts upper = __builtin_convertvector(round_bits(values) >> 16, Shorts);
     std::memcpy(at, &upper, sizeof upper);
 }
+// Round `n` numbers of a row to bfloat16, and write zeros up to `padded`.
+inline void round_row(const float* x, int n, int padded, uint16_t* line) {
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) write_cache(line + i, read<Floats>(x + i));
+    for (; i < n; ++i) {
+        const uint32_t bits = read<uint32_t>(x + i);
+        line[i] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    }
+    for (; i < padded; ++i) line[i] = 0;
+}
 inline float load(const float* at) { return *at; }
 inline float load(const uint16_t* at) {
     const uint32_t bits = uint32_t(*at) << 16;
@@ -211,8 +221,42 @@ void multiply_tile(const T* panels, long panel_stride, int inputs, const float* 
             write_panel<T>(out + row * out_stride + panel * PANEL, sums[row][panel][0], sums[row][panel][1]);
 }
 
-template <int ROWS, int PANELS, class T>
-void multiply_rows(int rows, const T* panels, long panel_stride, int inputs, const float* x, long x_stride, float* out,
+#if defined(HAS_PAIRS)
+// The same for rows of bfloat16, whole tiles of weights (`Layout`), and pairs of inputs: a register holds 16 outputs of
+// one pair.
+template <int ROWS, int PANELS>
+void multiply_tile(const uint16_t* panels, long panel_stride, int inputs, const uint16_t* x, long x_stride, float* out,
+                   long out_stride, long ahead) {
+    constexpr int PAIRS_IN_TILE = PANEL / 2;
+    __m512 sums[ROWS][PANELS][2] = {};
+    const auto add = [&](int input, int pair, int panel, int half) {
+        const uint16_t* at = panels + panel * panel_stride + (long)input * PANEL + (half * PAIRS_IN_TILE + pair) * PANEL;
+        const __m512bh weights = (__m512bh)_mm512_loadu_si512(at);
+        __builtin_prefetch(at + ahead, 0, 2);
+        for (int row = 0; row < ROWS; ++row) {
+            const __m512bh both = (__m512bh)_mm512_set1_epi32(read<int32_t>(x + row * x_stride + input + 2 * pair));
+            sums[row][panel][half] = _mm512_dpbf16_ps(sums[row][panel][half], both, weights);
+        }
+    };
+    for (int input = 0; input < inputs; input += PANEL)
+        if constexpr (PANELS == 1) {
+            for (int pair = 0; pair < PAIRS_IN_TILE; ++pair)
+                for (int half = 0; half < 2; ++half) add(input, pair, 0, half);
+        } else {
+            // Few rows wait for memory, which is read in its order.
+            for (int panel = 0; panel < PANELS; ++panel)
+                for (int half = 0; half < 2; ++half)
+                    for (int pair = 0; pair < PAIRS_IN_TILE; ++pair) add(input, pair, panel, half);
+        }
+    for (int row = 0; row < ROWS; ++row)
+        for (int panel = 0; panel < PANELS; ++panel)
+            for (int half = 0; half < 2; ++half)
+                _mm512_storeu_ps(out + row * out_stride + panel * PANEL + half * LANES, sums[row][panel][half]);
+}
+#endif
+
+template <int ROWS, int PANELS, class T, class X>
+void multiply_rows(int rows, const T* panels, long panel_stride, int inputs, const X* x, long x_stride, float* out,
                    long out_stride, long ahead) {
     if (rows == ROWS)
         multiply_tile<ROWS, PANELS>(panels, panel_stride, inputs, x, x_stride, out, out_stride, ahead);
@@ -221,8 +265,8 @@ void multiply_rows(int rows, const T* panels, long panel_stride, int inputs, con
 }
 
 // The same for any number of rows and panels, in tiles of about equal height; low tiles are two panels wide.
-template <class T>
-void multiply(int rows, int num_panels, const T* panels, long panel_stride, int inputs, const float* x, long x_stride,
+template <class T, class X>
+void multiply(int rows, int num_panels, const T* panels, long panel_stride, int inputs, const X* x, long x_stride,
               float* out, long out_stride, long ahead) {
     const int tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
     for (int tile = 0, row = 0; tile < tiles; ++tile) {
@@ -322,83 +366,6 @@ static void multiply_split(int rows, const uint16_t* panel, int inputs, const ui
 #else
 static void shape_tiles(int) {}
 static void multiply_split(int, const uint16_t*, int, const uint16_t*, long, float*, long) {}
-#endif
-
-// -- The product by pairs ---------------------------------------------------------------------------------------------
-
-// Round `n` numbers of a row to bfloat16, and write zeros up to `padded`.
-inline void round_row(const float* x, int n, int padded, uint16_t* line) {
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) write_cache(line + i, read<Floats>(x + i));
-    for (; i < n; ++i) {
-        const uint32_t bits = read<uint32_t>(x + i);
-        line[i] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    }
-    for (; i < padded; ++i) line[i] = 0;
-}
-
-#if defined(HAS_PAIRS)
-// As `multiply_tile`, for lines of bfloat16 and panels of whole tiles: 16 outputs of one pair of inputs are a register.
-template <int ROWS, int WIDTH>
-void multiply_pairs_tile(const uint16_t* panels, long panel_stride, int inputs, const uint16_t* lines, long stride,
-                         float* out, long out_stride, long ahead) {
-    __m512 sums[ROWS][WIDTH][2];
-    for (int row = 0; row < ROWS; ++row)
-        for (int panel = 0; panel < WIDTH; ++panel) sums[row][panel][0] = sums[row][panel][1] = _mm512_setzero_ps();
-    const auto add = [&](int input, int pair, int panel, int half) {
-        const uint16_t* at = panels + panel * panel_stride + (long)input * PANEL + (half * TILE_ROWS + pair) * PANEL;
-        const __m512bh weights = (__m512bh)_mm512_loadu_si512(at);
-        __builtin_prefetch(at + ahead, 0, 2);
-        for (int row = 0; row < ROWS; ++row) {
-            const __m512bh x = (__m512bh)_mm512_set1_epi32(read<int32_t>(lines + row * stride + input + 2 * pair));
-            sums[row][panel][half] = _mm512_dpbf16_ps(sums[row][panel][half], x, weights);
-        }
-    };
-    for (int input = 0; input < inputs; input += PANEL)
-        if constexpr (WIDTH == 1) {
-            for (int pair = 0; pair < TILE_ROWS; ++pair)
-                for (int half = 0; half < 2; ++half) add(input, pair, 0, half);
-        } else {
-            // Few rows wait for memory, which is read in its order.
-            for (int panel = 0; panel < WIDTH; ++panel)
-                for (int half = 0; half < 2; ++half)
-                    for (int pair = 0; pair < TILE_ROWS; ++pair) add(input, pair, panel, half);
-        }
-    for (int row = 0; row < ROWS; ++row)
-        for (int panel = 0; panel < WIDTH; ++panel)
-            for (int half = 0; half < 2; ++half)
-                _mm512_storeu_ps(out + row * out_stride + panel * PANEL + half * LANES, sums[row][panel][half]);
-}
-
-template <int ROWS, int WIDTH>
-void multiply_pairs_rows(int rows, const uint16_t* panels, long panel_stride, int inputs, const uint16_t* lines,
-                         long stride, float* out, long out_stride, long ahead) {
-    if (rows == ROWS)
-        multiply_pairs_tile<ROWS, WIDTH>(panels, panel_stride, inputs, lines, stride, out, out_stride, ahead);
-    else if constexpr (ROWS > 1)
-        multiply_pairs_rows<ROWS - 1, WIDTH>(rows, panels, panel_stride, inputs, lines, stride, out, out_stride, ahead);
-}
-
-// For any number of rows and one or two panels.
-static void multiply_pairs(int rows, int num_panels, const uint16_t* panels, long panel_stride, int inputs,
-                           const uint16_t* lines, long stride, float* out, long out_stride, long ahead) {
-    const int tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
-    for (int tile = 0, row = 0; tile < tiles; ++tile) {
-        const int height = (rows - row + tiles - tile - 1) / (tiles - tile);
-        if (num_panels == 2 && height <= FEW_ROWS) {
-            multiply_pairs_rows<FEW_ROWS, 2>(height, panels, panel_stride, inputs, lines + row * stride, stride,
-                                             out + row * out_stride, out_stride, ahead);
-        } else {
-            for (int panel = 0; panel < num_panels; ++panel)
-                multiply_pairs_rows<MAX_ROWS, 1>(height, panels + panel * panel_stride, panel_stride, inputs,
-                                                 lines + row * stride, stride, out + row * out_stride + panel * PANEL,
-                                                 out_stride, ahead);
-        }
-        row += height;
-    }
-}
-#else
-static void multiply_pairs(int, int, const uint16_t*, long, int, const uint16_t*, long, float*, long, long) {}
 #endif
 
 // -- Arithmetic on one row --------------------------------------------------------------------------------------------
@@ -541,15 +508,15 @@ int32_t has_tiles() {
     return 0;
 #endif
 }
-}
 
 // Whether the processor adds up products of pairs.
-extern "C" int32_t has_pairs() {
+int32_t has_pairs() {
 #if defined(HAS_PAIRS)
     return 1;
 #else
     return 0;
 #endif
+}
 }
 
 constexpr long round_up(long n) { return (n + PANEL - 1) / PANEL * PANEL; }
@@ -557,7 +524,7 @@ constexpr long round_up(long n) { return (n + PANEL - 1) / PANEL * PANEL; }
 struct Buffers {  // one line per row; scores: per thread
     float *x, *normed, *qkv, *mixed, *hidden, *scores;
     uint16_t* split;  // two lines per row
-    bool rounds;  // whether `split` holds one rounded line per row, as `multiply_pairs` reads it
+    bool rounds;      // whether `split` holds one rounded line per row, for products of pairs
     long width_stride, qkv_stride, mixed_stride, hidden_stride, scores_stride, scores_size, split_stride;
 };
 
@@ -601,7 +568,6 @@ void apply(Crew& crew, const Model& model, const Buffers& b, const Linear& linea
     const long panel_stride = (long)linear.stored_inputs * PANEL;
     const long ahead = 2 * crew.threads() * panel_stride;  // the item that this thread is likely to take next
     const bool tiled = std::is_same_v<T, uint16_t> && model.layout == TILES;
-    const bool paired = std::is_same_v<T, uint16_t> && model.layout == PAIRS;
     const int most_rows = tiled ? TILE_ROWS : 3 * MAX_ROWS;
     if (tiled)
         crew.share(rows, [&](int row, int) {
@@ -621,9 +587,11 @@ void apply(Crew& crew, const Model& model, const Buffers& b, const Linear& linea
                 for (int i = 0; i < count; ++i)
                     multiply_split(height, (const uint16_t*)weights + i * panel_stride, linear.stored_inputs,
                                    b.split + 2 * row * b.split_stride, b.split_stride, sums[0] + i * PANEL, 2 * PANEL);
-            } else if (paired) {
-                multiply_pairs(height, count, (const uint16_t*)weights, panel_stride, linear.stored_inputs,
-                               b.split + row * b.split_stride, b.split_stride, sums[0], 2 * PANEL, ahead);
+#if defined(HAS_PAIRS)
+            } else if (std::is_same_v<T, uint16_t> && model.layout == PAIRS) {
+                multiply(height, count, (const uint16_t*)weights, panel_stride, linear.stored_inputs,
+                         b.split + row * b.split_stride, b.split_stride, sums[0], 2 * PANEL, ahead);
+#endif
             } else {
                 multiply(height, count, weights, panel_stride, linear.inputs, x + row * x_stride, x_stride, sums[0],
                          2 * PANEL, ahead);

@@ -90,13 +90,17 @@ def warn(stage: str, warnings: Iterable[str]) -> None:
 
 
 def warn_of_share(held_out: int, documents: int, asked: float) -> list[str]:
-    """Warn where chance does not explain how many documents are held out."""
+    """Return a sentence where chance does not explain how many documents are held out; too few tell nothing."""
     expected = documents * asked
-    if expected < 10 or abs(held_out - expected) <= 6 * math.sqrt(expected * (1 - asked)):
+    if min(expected, documents - expected) < 10 or held_out == 0:
+        return []
+    if abs(held_out - expected) <= 6 * math.sqrt(expected * (1 - asked)):
         return []
     share = held_out / documents
+    fraction = asked * asked / share
+    advice = f" For {asked:.2%} set prepare.validation_fraction={fraction:.2g}." if fraction < 1 else ""
     return [
         f"{held_out:,} of {documents:,} documents ({share:.2%}) are held out, where prepare.validation_fraction asks"
         f" for {asked:.2%}. The SHA-256 of a document's text decides, so this text was itself chosen by it, or repeats"
-        f" documents. For {asked:.2%} set prepare.validation_fraction={asked * asked / share:.2g}."
+        f" documents.{advice}"
     ]

@@ -55,7 +55,7 @@ SETTINGS = {
 TIMED_ITERATIONS = 150
 EVALUATIONS = 12
 SCORE = """
-import json, sys, torch, numpy as np
+import torch, numpy as np
 from model import GPT, GPTConfig
 kept = torch.load("out/ckpt.pt", map_location="cpu", weights_only=True)
 model = GPT(GPTConfig(**kept["model_args"]))
@@ -65,13 +65,10 @@ size = kept["model_args"]["block_size"]
 held_out = torch.from_numpy(np.fromfile("data/text/val.bin", dtype=np.uint16).astype(np.int64))
 nats = 0.0
 with torch.no_grad():
-    for start in range(0, len(held_out) - 1, 32 * size):
-        part = held_out[start : start + 32 * size + 1]
-        whole = (len(part) - 1) // size
-        for rows in filter(len, (part[: whole * size + 1].unfold(0, size + 1, size), part[whole * size :][None])):
-            if rows.shape[1] > 1:
-                _, loss = model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
-                nats += loss.item() * rows[:, 1:].numel()
+    for start in range(0, len(held_out) - 1, size):
+        window = held_out[start : start + size + 1][None]
+        _, loss = model(window[:, :-1].contiguous(), window[:, 1:].contiguous())
+        nats += loss.item() * (window.numel() - 1)
 print("scored", nats, sum(weight.numel() for weight in model.parameters()))
 """
 
@@ -87,7 +84,7 @@ def find_stage(storage: Path, name: str, stage: str) -> Path:
 
 
 def read_split(shards: Path, tokenizer: Tokenizer, split: str) -> str:
-    """The documents of a split, each ended by an empty line, as nanoGPT's text files have them."""
+    """The documents of a split with an empty line between them, as nanoGPT's text files have it."""
     texts = []
     for path in sorted(shards.glob(f"{split}/*.parquet")):
         for ids in pq.read_table(path)["tokens"].to_pylist():
@@ -107,11 +104,9 @@ def write_data(folder: Path, train: str, val: str) -> None:
 
 @dataclass
 class Training:
-    """What train.py printed: when it evaluated and what came of it, and how long single iterations took."""
+    """What train.py printed: when it evaluated, and how long single iterations took."""
 
     seconds: list[float] = field(default_factory=list)  # since the start, at each evaluation's end
-    nats: list[float] = field(default_factory=list)  # per character, on samples of the held-out text
-    steps: list[int] = field(default_factory=list)
     iteration_seconds: list[float] = field(default_factory=list)
 
 
@@ -128,10 +123,8 @@ def train(folder: Path, settings: dict[str, str]) -> Training:
     assert process.stdout is not None
     for line in process.stdout:
         lines.append(line)
-        if found := re.match(r"step (\d+): train loss [\d.]+, val loss ([\d.]+)", line):
+        if line.startswith("step "):
             seen.seconds.append(time.perf_counter() - began)
-            seen.steps.append(int(found[1]))
-            seen.nats.append(float(found[2]))
             print(f"nanoGPT   {seen.seconds[-1] / 60:6.1f} min   {line.strip()}", flush=True)
         elif found := re.match(r"iter \d+: loss [\d.]+, time ([\d.]+)ms", line):
             seen.iteration_seconds.append(float(found[1]) / 1000)
@@ -153,9 +146,11 @@ def read_curve(artifact: Path) -> tuple[list[tuple[float, float]], float]:
 
 def minutes_until(curve: list[tuple[float, float]], score: float) -> float:
     """When the curve first was at or below a score, on a straight line between its points; infinite if never."""
+    if curve[0][1] <= score:
+        return curve[0][0]
     for (before, worse), (after, better) in pairwise(curve):
         if better <= score:
-            return before + (after - before) * (worse - score) / (worse - better) if worse > better else after
+            return before + (after - before) * (worse - score) / (worse - better)
     return math.inf
 
 
@@ -185,7 +180,9 @@ def main() -> None:
         iteration = statistics.median(tried.iteration_seconds)
         evaluation = max(0.0, tried.seconds[-1] - tried.seconds[-2] - TIMED_ITERATIONS // 2 * iteration)
         rest = 60 * options.minutes - tried.seconds[0] - EVALUATIONS * evaluation
-        iterations = max(EVALUATIONS, int(rest / iteration))
+        iterations = int(rest / iteration)
+        if iterations < 10 * EVALUATIONS:
+            raise SystemExit(f"{options.minutes:g} minutes leave {max(iterations, 0)} iterations; give it more.")
         print(f"nanoGPT   {iterations:,} iterations of {1000 * iteration:.0f} ms", flush=True)
         whole = {"max_iters": iterations, "lr_decay_iters": iterations, "eval_interval": iterations // EVALUATIONS}
         began = time.perf_counter()
@@ -200,7 +197,8 @@ def main() -> None:
     sooner = minutes_until(curve, theirs)
     print(f"nanoGPT   {theirs:.4f} bits per byte after {minutes:.1f} minutes, {int(parameters):,} parameters")
     print(f"ours      {ours:.4f} bits per byte after {our_minutes:.1f} minutes")
-    print(f"ours      {theirs:.4f} after {sooner:.1f}: {minutes / sooner:.1f} times sooner")
+    times = minutes / sooner if sooner else math.inf
+    print(f"ours      {theirs:.4f} after {sooner:.1f}: {times:.1f} times sooner")
     print(
         json.dumps(
             {
@@ -209,7 +207,7 @@ def main() -> None:
                 "minutes": our_minutes,
                 "minutes_nanogpt": minutes,
                 "minutes_until_its_score": sooner,
-                "times_sooner": minutes / sooner,
+                "times_sooner": times,
             }
         )
     )

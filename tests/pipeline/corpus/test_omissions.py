@@ -5,7 +5,7 @@ from collections import Counter
 from pipeline.corpus import cleaning
 from pipeline.corpus.endings import File
 from pipeline.corpus.files import Listing
-from pipeline.corpus.omissions import Omissions
+from pipeline.corpus.omissions import Omissions, warn_of_share
 
 READ = tuple(File(f"/corpus/{number}.txt", 1) for number in range(20))
 
@@ -44,3 +44,22 @@ def test_documents_are_counted_as_they_are_read() -> None:
     for document in [("a", ""), (" \n", ""), (None, "not JSON"), ("b\ufffd", "replaced UTF-8")]:
         omissions.count(document)
     assert omissions == Omissions(kept=2, dropped=Counter({"empty": 1, "not JSON": 1}), replaced=1)
+
+
+def test_a_share_that_chance_does_not_explain_is_warned_of_with_the_fraction_to_set() -> None:
+    [warning] = warn_of_share(141, 2572, 0.02)
+    assert warning.startswith(
+        "141 of 2,572 documents (5.48%) are held out, where prepare.validation_fraction asks for 2.00%"
+    )
+    assert warning.endswith("For 2.00% set prepare.validation_fraction=0.0073.")
+
+
+def test_a_share_that_chance_explains_is_not_warned_of() -> None:
+    assert warn_of_share(61, 2572, 0.02) == []
+    assert warn_of_share(1, 3, 0.1) == []  # so few that the lowest hash was held out
+    assert warn_of_share(1, 1000, 0.999999) == []  # one had to stay
+
+
+def test_no_fraction_is_advised_that_there_is_not() -> None:
+    [warning] = warn_of_share(20, 1000, 0.5)
+    assert warning.endswith("or repeats documents.")

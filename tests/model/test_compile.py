@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -15,6 +14,7 @@ from model.gpt import GPT, ModelConfig
 from model.optimizer import OptimizerConfig, build_optimizer
 from model.scoring import score_batches
 from model.training import LossModule, compile_ahead, parallelize, train_step
+from tests.model.ranks import run_on_ranks
 
 # A block of 2 MB: DDP's first bucket, of 1 MB, would end within it.
 MODEL = ModelConfig(num_layers=3, width=256, num_heads=2, context_length=8, mlp_width=512)
@@ -99,14 +99,11 @@ def test_scoring_by_a_training_steps_code_compiles_nothing() -> None:
 
 
 def test_neither_ddp_nor_fsdp_cuts_the_blocks(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(count_on_one_rank, args=(2, str(tmp_path / "meeting")), nprocs=2)
+    run_on_ranks(count_on_one_rank, tmp_path)
 
 
-def count_on_one_rank(rank: int, world_size: int, meeting: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+def count_on_one_rank(rank: int) -> None:
     for strategy in ("ddp", "fsdp"):
         assert count_graphs(strategy) == EXPECTED, strategy
     assert set(count_graphs("ddp", as_trained=True).values()) == {2}
     assert set(count_graphs("ddp", as_trained=True, ahead=rank == 0).values()) == {2}, "rank 0 asks nobody for anything"
-    dist.destroy_process_group()

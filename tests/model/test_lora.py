@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from model.checkpoint import export_weights, save_model, write_model
@@ -24,6 +23,7 @@ from model.lora import (
 )
 from model.optimizer import build_optimizer
 from model.training import parallelize, train_step
+from tests.model.ranks import run_on_ranks
 from tests.model.test_training import GLOBAL_TOKENS, VOCABULARY, Rows, global_batch, split
 
 SIZES = {"num_layers": 2, "width": 32, "num_heads": 4, "context_length": 16, "mlp_width": 48}
@@ -175,12 +175,10 @@ def test_every_matrix_of_every_family_has_its_own_factors(kind: str) -> None:
 
 
 def test_two_ranks_learn_the_same_adapter_with_ddp_and_fsdp2_as_one_alone(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(learn_on_one_rank, args=(2, str(tmp_path / "meeting")), nprocs=2)
+    run_on_ranks(learn_on_one_rank, tmp_path)
 
 
-def learn_on_one_rank(rank: int, world_size: int, meeting: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+def learn_on_one_rank(rank: int) -> None:
     alone = tiny_model("qwen3")
     losses = learn(alone)
     expected = export_adapter(alone)
@@ -189,7 +187,6 @@ def learn_on_one_rank(rank: int, world_size: int, meeting: str) -> None:
         assert learn(model, strategy=strategy, rank=rank) == pytest.approx(losses, rel=1e-4), strategy
         for name, factor in export_adapter(model).items():
             torch.testing.assert_close(factor, expected[name], rtol=1e-3, atol=1e-4)
-    dist.destroy_process_group()
 
 
 def test_the_heads_gradient_is_not_computed_where_it_is_frozen() -> None:

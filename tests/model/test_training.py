@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -21,6 +20,7 @@ from model.documents import Documents
 from model.gpt import GPT, ModelConfig
 from model.optimizer import Optimizer, OptimizerConfig, build_optimizer
 from model.training import StepMeasures, autocast, choose_precision, parallelize, train_step
+from tests.model.ranks import run_on_ranks
 
 TINY = ModelConfig(num_layers=2, width=16, num_heads=2, context_length=8, mlp_width=32)
 VOCABULARY = 70
@@ -272,13 +272,11 @@ def test_bfloat16_before_ampere_is_refused_in_a_sentence(monkeypatch: pytest.Mon
 
 
 def test_two_ranks_learn_the_same_with_ddp_and_fsdp2_as_one_alone(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(learn_on_one_rank, args=(2, str(tmp_path / "meeting")), nprocs=2)
+    run_on_ranks(learn_on_one_rank, tmp_path)
 
 
-def learn_on_one_rank(rank: int, world_size: int, meeting: str) -> None:
+def learn_on_one_rank(rank: int) -> None:
     """Compare both strategies with the whole batch on this rank alone; the ranks' shares are uneven."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
     for kind in ("adamw", "muon"):
         alone, losses = train(kind, sizes=(4,))
         for strategy, recompute in product(("ddp", "fsdp"), (False, True)):
@@ -300,7 +298,6 @@ def learn_on_one_rank(rank: int, world_size: int, meeting: str) -> None:
                 )
     for strategy in ("ddp", "fsdp"):
         learn_with_light_gradients(strategy, rank)
-    dist.destroy_process_group()
 
 
 def learn_with_light_gradients(strategy: str, rank: int) -> None:

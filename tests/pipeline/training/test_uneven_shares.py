@@ -1,19 +1,19 @@
 """Shares of a batch that differ by a row: every rank of FSDP must run equally many passes, or they wait for ever."""
 
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from model.gpt import GPT, ModelConfig
 from model.optimizer import OptimizerConfig, build_optimizer
 from model.training import parallelize, train_step
 from pipeline.corpus.stream import Batch
+from tests.model.ranks import run_on_ranks
 
 MODEL = ModelConfig(num_layers=1, width=16, num_heads=2, context_length=8, mlp_width=32)
 VOCABULARY = 70
+WORLD_SIZE = 2
 
 
 def share(batch: Batch, rank: int, world_size: int) -> Batch:
@@ -60,14 +60,10 @@ def test_document_ids_are_cut_with_their_rows() -> None:
 
 
 def test_two_ranks_of_fsdp_with_uneven_shares_do_not_wait_for_each_other(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(learn, args=(2, str(tmp_path / "meeting")), nprocs=2)
+    run_on_ranks(learn, tmp_path, WORLD_SIZE)
 
 
-def learn(rank: int, world_size: int, meeting: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
-    )
+def learn(rank: int) -> None:
     for sequences, micro_batch_sequences in ((3, 1), (5, 2)):  # 1 and 2 rows, then 2 and 3
         batch = global_batch(sequences)
         losses = []
@@ -78,11 +74,10 @@ def learn(rank: int, world_size: int, meeting: str) -> None:
             model.clear_padding()
             module = parallelize(model, strategy=strategy)
             optimizer = build_optimizer(model, OptimizerConfig(kind="adamw"), total_steps=2)
-            own = share(batch, rank, world_size) if strategy == "fsdp" else batch
-            largest = -(-sequences // world_size) if strategy == "fsdp" else 0
+            own = share(batch, rank, WORLD_SIZE) if strategy == "fsdp" else batch
+            largest = -(-sequences // WORLD_SIZE) if strategy == "fsdp" else 0
             for step in range(2):
                 parts = own.split(micro_batch_sequences, largest)
                 measures = train_step(module, optimizer, parts, step=step, global_tokens=batch.global_tokens)
                 losses.append(measures.read()[0])
         assert losses[2:] == pytest.approx(losses[:2], rel=1e-4), (sequences, micro_batch_sequences)
-    dist.destroy_process_group()

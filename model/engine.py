@@ -129,6 +129,13 @@ class Engine:
         """Stop a request at the next step; one that is not known, or has ended, is nothing to do."""
         self.scheduler.cancel(request_id)
 
+    def reserve_memory(self) -> None:
+        """Take the memory of the whole cache now, for a server: else its first burst of requests waits for it.
+
+        Optional: where few texts are generated, the cache takes no more than they need.
+        """
+        self.runner.reserve_memory()
+
     def enter_thread(self) -> None:
         """Prepare the calling thread to step this engine and do nothing else: torch itself may keep to one core in it.
 

@@ -50,6 +50,9 @@ class Runner(Protocol):
     def clear(self, slot: int) -> None:
         """Zero what a slot holds, after a failure: a NaN spreads even where it is masked."""
 
+    def reserve_memory(self) -> None:
+        """Have the system give the cache its memory now, which it otherwise does as texts come to use it."""
+
     def enter_thread(self) -> None:
         """Prepare the thread that will call `run` from now on, and nothing else beside the engine."""
 
@@ -152,6 +155,9 @@ class TorchRunner:
         with self.turn:
             self.cache.keys[:, slot] = 0
             self.cache.values[:, slot] = 0
+
+    def reserve_memory(self) -> None:
+        """Do nothing: torch has written zeros to all of the cache."""
 
     def enter_thread(self) -> None:
         """Do nothing: the model's own operations need all of torch's threads."""

@@ -229,24 +229,35 @@ void multiply_tile(const uint16_t* panels, long panel_stride, int inputs, const 
                    long out_stride, long ahead) {
     constexpr int PAIRS_IN_TILE = PANEL / 2;
     __m512 sums[ROWS][PANELS][2] = {};
-    const auto add = [&](int input, int pair, int panel, int half) {
+    const auto fetch = [&](int input, int pair, int panel, int half) {
         const uint16_t* at = panels + panel * panel_stride + (long)input * PANEL + (half * PAIRS_IN_TILE + pair) * PANEL;
-        const __m512bh weights = (__m512bh)_mm512_loadu_si512(at);
         __builtin_prefetch(at + ahead, 0, 2);
-        for (int row = 0; row < ROWS; ++row) {
-            const __m512bh both = (__m512bh)_mm512_set1_epi32(read<int32_t>(x + row * x_stride + input + 2 * pair));
-            sums[row][panel][half] = _mm512_dpbf16_ps(sums[row][panel][half], both, weights);
-        }
+        return (__m512bh)_mm512_loadu_si512(at);
+    };
+    const auto pair_of = [&](int row, int input, int pair) {
+        return (__m512bh)_mm512_set1_epi32(read<int32_t>(x + row * x_stride + input + 2 * pair));
     };
     for (int input = 0; input < inputs; input += PANEL)
         if constexpr (PANELS == 1) {
-            for (int pair = 0; pair < PAIRS_IN_TILE; ++pair)
-                for (int half = 0; half < 2; ++half) add(input, pair, 0, half);
+            // Both halves for one row after another: 28 sums leave registers for a single row's pair.
+            for (int pair = 0; pair < PAIRS_IN_TILE; ++pair) {
+                const __m512bh lower = fetch(input, pair, 0, 0), upper = fetch(input, pair, 0, 1);
+                for (int row = 0; row < ROWS; ++row) {
+                    const __m512bh both = pair_of(row, input, pair);
+                    sums[row][0][0] = _mm512_dpbf16_ps(sums[row][0][0], both, lower);
+                    sums[row][0][1] = _mm512_dpbf16_ps(sums[row][0][1], both, upper);
+                }
+            }
         } else {
             // Few rows wait for memory, which is read in its order.
             for (int panel = 0; panel < PANELS; ++panel)
                 for (int half = 0; half < 2; ++half)
-                    for (int pair = 0; pair < PAIRS_IN_TILE; ++pair) add(input, pair, panel, half);
+                    for (int pair = 0; pair < PAIRS_IN_TILE; ++pair) {
+                        const __m512bh weights = fetch(input, pair, panel, half);
+                        for (int row = 0; row < ROWS; ++row)
+                            sums[row][panel][half] =
+                                _mm512_dpbf16_ps(sums[row][panel][half], pair_of(row, input, pair), weights);
+                    }
         }
     for (int row = 0; row < ROWS; ++row)
         for (int panel = 0; panel < PANELS; ++panel)

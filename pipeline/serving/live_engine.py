@@ -40,8 +40,13 @@ logger = logging.getLogger("ray.serve")
 def engine_starter(settings: ServeConfig) -> StartBackend:
     """Return what starts our engine with these settings."""
 
+    def load(model: GPT, tokenizer: Tokenizer) -> Engine:
+        engine = Engine(model, tokenizer, engine_settings(settings))
+        engine.reserve_memory()
+        return engine
+
     async def start(checkpoint: Path, model: GPT, tokenizer: Tokenizer) -> Backend:
-        engine = await asyncio.to_thread(Engine, model, tokenizer, engine_settings(settings))
+        engine = await asyncio.to_thread(load, model, tokenizer)
         return LiveEngine(engine, max_active=max_active(settings))
 
     return start

@@ -1,5 +1,7 @@
 """What runs the model: the ways agree with one another, and each keeps its slots apart."""
 
+import mmap
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -326,3 +328,16 @@ def test_memory_in_large_pages_is_zeroed_aligned_and_nobody_elses() -> None:
         assert not tensor.any()
         tensor.fill_(number + 1)
     assert [tensor.unique().tolist() for tensor in tensors] == [[1], [2], [3]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of a process")
+def test_memory_is_there_once_it_is_reserved() -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    memory = HugePages().zeros((2 * HugePages.BLOCK_BYTES,), torch.int8)
+    before = resident_bytes()
+    HugePages.reserve(memory)
+    # Little else of this process comes or goes meanwhile.
+    assert resident_bytes() - before > 0.9 * memory.nbytes
+    assert not memory.any()

@@ -114,7 +114,7 @@ def serve_ours(folder: Path, port: int, backend: str, places: int) -> None:
             backend=backend,
             weights="bfloat16",
             max_batch_size=places,
-            max_queue=2 * places,
+            max_queue=1000,
             cache_bytes=2**32,
             deadline_seconds=3600,
         )
@@ -160,7 +160,7 @@ def percentile(values: list[float], share: float) -> float:
 
 def start_servers(options: argparse.Namespace, folder: Path, logs: Path) -> tuple[list[Server], list[str]]:
     """Start ours and every peer that is there; name those that are not."""
-    places = str(max(options.users))
+    places = str(options.places or max(options.users))
     ours = [__file__, "--serve", str(folder), "--places", places, "--port"]
     port = free_port()
     servers, missing = [Server("ours", [sys.executable, *ours, str(port)], port, logs / "ours.log")], []
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--backend", default="engine", help=argparse.SUPPRESS)
-    parser.add_argument("--places", type=int, default=64, help=argparse.SUPPRESS)
+    parser.add_argument("--places", type=int, help="texts generated at once [as many as users]")
     options = parser.parse_args()
     if options.serve:
         serve_ours(options.serve, options.port, options.backend, options.places)

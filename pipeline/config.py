@@ -476,7 +476,9 @@ class ServeConfig:
     weights: str = setting("auto", "auto (bfloat16 where it is fast), float32, bfloat16 or int8")
     max_batch_size: int = setting(0, "texts generated at once by each copy; 0: 16, and 128 on a GPU")
     max_queue: int = setting(64, "texts waiting at most in each copy; past it the answer is 429")
-    cache_bytes: int = setting(0, "the most that each copy's KV cache may take; 0: 1 GiB, half of a GPU's free memory")
+    cache_bytes: int = setting(
+        0, "each copy's KV cache at most, taken as it starts; 0: 1 GiB, half of a GPU's free memory"
+    )
     prefill_chunk_tokens: int = setting(0, "prompt tokens that one step reads at most; 0: 256, and 2,048 on a GPU")
     deadline_seconds: float = setting(120.0, "a request that has not ended by then ends with an error")
     max_body_bytes: int = setting(4 * 2**20, "the largest request body")

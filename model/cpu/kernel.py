@@ -199,14 +199,14 @@ class HugePages:
 
     @staticmethod
     def reserve(memory: Tensor) -> None:
-        """Have the system back all pages of what `zeros` returned, and has not been used, by memory."""
+        """Have the system give memory to all pages of a tensor that `zeros` returned and nobody has written to."""
         begin = memory.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
         num_bytes = memory.data_ptr() + memory.nbytes - begin
-        with suppress(AttributeError, OSError):  # a system without it writes the zeros that are there
+        with suppress(AttributeError, OSError):  # no Linux
             madvise = ctypes.CDLL(None).madvise
             if madvise(ctypes.c_void_p(begin), ctypes.c_size_t(num_bytes), MADV_POPULATE_WRITE) == 0:
                 return
-        memory.zero_()
+        memory.zero_()  # zeros over zeros: what is written to has its memory
 
 
 class KernelRunner:

@@ -14,8 +14,11 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -80,18 +83,13 @@ def streamed_tokens_per_second(users: int, url: str, tokens: int = 1000) -> tupl
     return users * tokens / (time.perf_counter() - began), users * tokens / events
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--users", type=int, default=16)
-    options = parser.parse_args()
-    set_environment()
+@contextmanager
+def tiny_serve(runtime_env: dict[str, Any] | None = None) -> Iterator[tuple[Any, str]]:
+    """Ray Serve on a free port of this machine, and a registry whose version `long` has room for long answers."""
     import ray
     from ray import serve
     from ray.serve.config import HTTPOptions
 
-    from pipeline.config import ServeConfig
-    from pipeline.serve import bind_app
     from tests.pipeline.tiny_registry import make_registry
 
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
@@ -100,11 +98,30 @@ def main() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
-        ray.init(address="local", num_cpus=4, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
+        ray.init(address="local", num_cpus=4, runtime_env=runtime_env, **quiet)
         serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
+        try:
+            yield registry, f"http://127.0.0.1:{port}"
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--users", type=int, default=16)
+    options = parser.parse_args()
+    set_environment()
+    from ray import serve
+
+    from pipeline.config import ServeConfig
+    from pipeline.serve import bind_app
+
+    with tiny_serve() as (registry, url):
         settings = ServeConfig(versions=["long"], watch_seconds=0, max_batch_size=max(16, options.users))
         serve.run(bind_app(registry.name, settings, registry.tracking_uri), name="benchmark", route_prefix="/")
-        url = f"http://127.0.0.1:{port}"
         for measure in (http_milliseconds(5, url), bare_milliseconds(5, registry.name)):
             assert measure > 0  # and all is warm
         # Taking turns, so that a busy moment of the machine falls on both.
@@ -114,8 +131,6 @@ def main() -> None:
         ]
         bare, http = (statistics.mean(half[side] for half in halves) for side in (0, 1))
         rate, gathered = streamed_tokens_per_second(options.users, url)
-        serve.shutdown()
-        ray.shutdown()
     load = os.getloadavg()[0]
     print(f"first token   bare engine {bare:6.1f} ms   over HTTP {http:6.1f} ms   (load average {load:.1f})")
     print(f"{options.users} streams    {rate:6.0f} tokens/s, {gathered:.1f} tokens per event")

@@ -10,9 +10,7 @@ and each step of its engine lasts 20 ms longer, so that a replica is not held up
 import argparse
 import json
 import os
-import socket
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import httpx
 
 from jobs.command import set_environment
+from tests.benchmarks.serve_http import tiny_serve
 from tests.benchmarks.serve_users import percentile
 
 STEP_SECONDS = 0.02
@@ -62,34 +61,17 @@ def main() -> None:
     parser.add_argument("--places", type=int, default=4, help="texts that one replica generates at once")
     options = parser.parse_args()
     set_environment()
-    import ray
     from ray import serve
-    from ray.serve.config import HTTPOptions
 
     import pipeline.serve
     from pipeline.config import ServeConfig
-    from tests.pipeline.tiny_registry import make_registry
 
     times: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        registry = make_registry(Path(folder))
-        registry.add_version(seed=1, alias="long", context_length=1100)
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        hook = {
-            "worker_process_setup_hook": "tests.benchmarks.serve_replicas.slow_steps",
-            "env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
-        }
-        ray.init(
-            address="local",
-            num_cpus=4,
-            log_to_driver=False,
-            logging_level="ERROR",
-            include_dashboard=False,
-            runtime_env=hook,
-        )
-        serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
+    in_workers = {
+        "worker_process_setup_hook": "tests.benchmarks.serve_replicas.slow_steps",
+        "env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    }
+    with tiny_serve(in_workers) as (registry, url):
         ours = pipeline.serve.ROUTER
         ways = {"one replica": (1, ours), "two, our router": (2, ours), "two, Serve's own router": (2, SERVES_OWN)}
         for way, (replicas, router) in ways.items():
@@ -104,12 +86,9 @@ def main() -> None:
             )
             app = pipeline.serve.bind_app(registry.name, settings, registry.tracking_uri)
             serve.run(app, name="benchmark", route_prefix="/")
-            url = f"http://127.0.0.1:{port}"
             burst(url, replicas * options.places)  # all is warm
             times[way] = [took for _ in range(options.bursts) for took in burst(url, replicas * options.places)]
             serve.delete("benchmark")
-        serve.shutdown()
-        ray.shutdown()
     print(f"{options.bursts} bursts, an answer of {TOKENS} tokens alone {1000 * TOKENS * STEP_SECONDS:.0f} ms or more")
     figures: dict[str, float] = {}
     alone = percentile(times["one replica"], 0.99)

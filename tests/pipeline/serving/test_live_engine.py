@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 
+from model.engine import Engine
 from pipeline.serving import completion
 from pipeline.serving.access import ApiKey
 from pipeline.serving.gate import Gate
@@ -22,6 +23,14 @@ from tests.pipeline.serving.asking import CLIENT, LONG, Start, live_engine, post
 from tests.pipeline.serving.local_server import LocalServer
 
 # -- overload --
+
+
+def test_a_server_takes_its_caches_memory_before_it_is_ready(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its first burst waits for it, page by page."""
+    taken: list[Engine] = []
+    monkeypatch.setattr(Engine, "reserve_memory", lambda engine: taken.append(engine))
+    server = start()
+    assert taken == [live_engine(server).engine]
 
 
 def test_full_queue_answers_429_at_once(start: Start) -> None:

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig
 from model.documents import DocumentAttention, Documents, flash_suits, varlen_attention
+from model.pointwise import TORCH_PASSES, PointwisePasses
 from model.settings import require
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -91,8 +92,8 @@ class Attention(nn.Module):
         self.sections = (queries, keys, keys)  # rows of `qkv`: each is a matrix of its own to Muon and to files
         self.qkv = nn.Linear(config.width, sum(self.sections), bias=config.has_qkv_bias)
         self.output = nn.Linear(queries, config.width, bias=config.has_output_bias)
-        self.query_norm = RMSNorm(self.head_dim, eps=config.epsilon) if config.has_qk_norm else None
-        self.key_norm = RMSNorm(self.head_dim, eps=config.epsilon) if config.has_qk_norm else None
+        self.query_norm = RMSNorm(self.head_dim, config.epsilon) if config.has_qk_norm else None
+        self.key_norm = RMSNorm(self.head_dim, config.epsilon) if config.has_qk_norm else None
         self.causal_attention: AttentionFunction = torch_causal_attention  # `parallelize` may put a faster one here
         self.document_attention: DocumentAttention | None = None  # and one here
 
@@ -136,11 +137,20 @@ class Attention(nn.Module):
         return self.document_attention or (varlen_attention if flash_suits(x.device, x.dtype, self.head_dim) else None)
 
 
-class RMSNorm(nn.RMSNorm):
-    """Computes in float32, as transformers does, and returns the precision of its input."""
+class RMSNorm(nn.Module):
+    passes: PointwisePasses = TORCH_PASSES  # `parallelize` may put others here
+
+    def __init__(self, channels: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+        return self.passes.normalise(x, self.weight, self.epsilon)
+
+    def add(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x + added and its norm."""
+        return self.passes.add_and_normalise(x, added, self.weight, self.epsilon)
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -160,6 +170,8 @@ class GeluMLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    passes: PointwisePasses = TORCH_PASSES  # `parallelize` may put others here
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.sections = (config.mlp_channels, config.mlp_channels)  # rows of `gate_up`
@@ -167,8 +179,7 @@ class SwiGLU(nn.Module):
         self.output = nn.Linear(config.mlp_channels, config.width, bias=config.has_mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).split(self.sections, dim=-1)
-        return self.output(F.silu(gate) * up)
+        return self.output(self.passes.gate(self.gate_up(x)))
 
 
 class Block(nn.Module):
@@ -189,13 +200,24 @@ class Block(nn.Module):
         return self.compute(x, context, layer)
 
     def compute(self, x: Tensor, context: AttentionContext, layer: int) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), context, layer))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        attended = self.dropout(self.attention(self.attention_norm(x), context, layer))
+        if isinstance(self.mlp_norm, RMSNorm):
+            x, normalised = self.mlp_norm.add(x, attended)
+        else:
+            x = x + attended
+            normalised = self.mlp_norm(x)
+        return x + self.dropout(self.mlp(normalised))
+
+    def use_passes(self, passes: PointwisePasses) -> None:
+        """Have norms, residual and SwiGLU computed by these; the norm of queries and keys stays beside its rotation."""
+        for module in (self.attention_norm, self.mlp_norm, self.mlp):
+            if isinstance(module, RMSNorm | SwiGLU):
+                module.passes = passes
 
 
 def build_norm(config: ModelConfig) -> nn.Module:
     if config.is_modern:
-        return RMSNorm(config.width, eps=config.epsilon)
+        return RMSNorm(config.width, config.epsilon)
     return nn.LayerNorm(config.width, eps=config.epsilon)
 
 

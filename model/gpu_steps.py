@@ -1,4 +1,4 @@
-"""What only GPUs run: a micro-batch's whole work as one CUDA graph, and later versions of flash attention.
+"""What only GPUs run: a step's work in two CUDA graphs, and later versions of flash attention.
 
     use_flash_attention("3")
     module = parallelize(model, compile=True, graphs=True)
@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from model.documents import find_documents
 from model.gpt import GPT
+from model.optimizer import Optimizer
 from model.runner import record_graph
 
 FLASH_VERSIONS = ("2", "3", "4")
@@ -68,7 +70,8 @@ class GraphedGradients:
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.loss = loss
         self.record = record
-        self.gradients: list[Tensor] | None = None
+        self.memory: Tensor | None = None  # of all gradients, one behind the other
+        self.gradients: list[Tensor] = []
         self.recorded: dict[tuple[torch.Size, torch.dtype], Recorded] = {}
 
     def add(self, batch: Any, scale: float, precision: torch.dtype) -> Tensor:
@@ -107,12 +110,70 @@ class GraphedGradients:
 
     def _place_gradients(self) -> None:
         """Put the gradients' memory back, zeroed, where the optimizer has let go of it."""
-        if self.gradients is None:
-            self.gradients = [torch.zeros_like(weight) for weight in self.weights]
-        fresh = []
-        for weight, gradient in zip(self.weights, self.gradients, strict=True):
-            if weight.grad is not gradient:
+        if self.memory is None:
+            sizes = [weight.numel() for weight in self.weights]
+            self.memory = self.weights[0].new_zeros(sum(sizes))
+            self.gradients = [
+                part.view_as(weight) for part, weight in zip(self.memory.split(sizes), self.weights, strict=True)
+            ]
+        if self.weights[0].grad is not self.gradients[0]:
+            for weight, gradient in zip(self.weights, self.gradients, strict=True):
                 weight.grad = gradient
-                fresh.append(gradient)
-        if fresh:
-            torch._foreach_zero_(fresh)
+            self.memory.zero_()
+
+    def add_up(self, precision: torch.dtype) -> None:
+        """Add the gradients of all ranks, which travel in `precision`, all at once: a graph has no hooks for parts."""
+        assert self.memory is not None, "gradients are added up after a backward pass"
+        sent = self.memory.to(precision)
+        dist.all_reduce(sent)
+        if sent is not self.memory:
+            self.memory.copy_(sent)
+
+
+class GraphedUpdate:
+    """Clipping and the optimizer's step, launched at once; the first is run as usual, which makes the moments."""
+
+    def __init__(self, optimizer: Optimizer, record: Record = record) -> None:
+        self.optimizer = optimizer
+        self.record = record
+        self.written: list[Tensor] = []
+        self.replay: Replay | None = None
+        if optimizer.muon is not None:
+            optimizer.muon.is_shared = False  # ranks that wait for each other have no place in a graph
+
+    def step(self, step: int, norm: Tensor) -> None:
+        """Do what `clip` and `Optimizer.step` do, for gradients of this length, which stay where they were."""
+        numbers = self.optimizer.begin(step)
+        written = self.optimizer.tensors()
+        if len(written) == len(self.optimizer.parameters):  # there are no moments yet
+            clip(self.optimizer, norm)
+            self.optimizer.update(numbers)
+            return
+        if [id(each) for each in written] != [id(each) for each in self.written]:  # a resume brings its own
+            self._record(written, numbers, norm)
+        self.norm.copy_(norm)
+        self.numbers.copy_(torch.tensor([*numbers.values()]), non_blocking=True)
+        assert self.replay is not None
+        self.replay()
+
+    def _record(self, written: list[Tensor], numbers: dict[str, float], norm: Tensor) -> None:
+        self.written, self.norm = written, norm.clone()
+        self.numbers = torch.zeros(len(numbers), device=norm.device)
+        read = dict(zip(numbers, self.numbers.unbind(), strict=True))
+
+        def update() -> Tensor:
+            clip(self.optimizer, self.norm)
+            self.optimizer.update(read)
+            return self.norm
+
+        gradients = [weight.grad for weight in self.optimizer.parameters.values() if weight.grad is not None]
+        with torch.no_grad():
+            before = [each.clone() for each in written + gradients]  # a recording begins by doing it a few times
+            self.replay, _ = self.record(update, norm.device)
+            torch._foreach_copy_(written + gradients, before)
+
+
+def clip(optimizer: Optimizer, norm: Tensor) -> None:
+    """Shorten gradients of length `norm` to the optimizer's `clip_norm`, where it has one."""
+    if optimizer.config.clip_norm:
+        nn.utils.clip_grads_with_norm_(optimizer.parameters.values(), optimizer.config.clip_norm, norm, foreach=True)

@@ -78,6 +78,7 @@ class Optimizer:
             betas=(config.beta1, config.beta2),
             eps=config.epsilon,
             fused=on in ("cuda", "cpu"),  # one kernel over all parameters instead of a dozen for each
+            capturable=on == "cuda",  # a recorded step may have it
         )
 
     def _group_of(self, name: str, parameter: nn.Parameter, tied: bool) -> str:
@@ -105,19 +106,37 @@ class Optimizer:
             rates["matrices"] = self.config.muon_learning_rate * share
         return rates
 
-    @torch.no_grad()
     def step(self, step: int) -> None:
         """Apply the gradients with the learning rates of `step`, counted from 0."""
+        self.update(self.begin(step))
+
+    def begin(self, step: int) -> dict[str, float]:
+        """Take `step` as the one to be done; returns the numbers that `update` wants for it."""
         self.step_taken = step
-        rates = self.learning_rates()
-        for group in self.adamw.param_groups:
-            group["lr"] = rates[group["name"]]
+        numbers = self.learning_rates()
         if self.muon is not None:
             remaining = 1 - step / self.total_steps if self.config.weight_decay_to_zero else 1.0
-            self.muon.step(
-                rates["matrices"], momentum_at(self.config, step), self.config.weight_decay * max(remaining, 0.0)
-            )
+            numbers["momentum"] = momentum_at(self.config, step)
+            numbers["weight_decay"] = self.config.weight_decay * max(remaining, 0.0)
+        return numbers
+
+    @torch.no_grad()
+    def update(self, numbers: Mapping[str, float] | Mapping[str, Tensor]) -> None:
+        """Apply the gradients. A recorded update reads its numbers from tensors, which may change between replays."""
+        for group in self.adamw.param_groups:
+            group["lr"] = numbers[group["name"]]
+        if self.muon is not None:
+            self.muon.step(numbers["matrices"], numbers["momentum"], numbers["weight_decay"])
         self.adamw.step()
+
+    def tensors(self) -> list[Tensor]:
+        """Return all that a step writes: the weights, and the moments that there are by now."""
+        written: list[Tensor] = [*self.parameters.values()]
+        for state in self.adamw.state.values():
+            written += state.values()
+        if self.muon is not None:
+            written += [group.momentum for group in self.muon.groups.values() if group.momentum is not None]
+        return written
 
     def zero_grad(self) -> None:
         for parameter in self.parameters.values():
@@ -180,6 +199,7 @@ class Muon:
         self, matrices: Mapping[str, tuple[nn.Parameter, tuple[int, ...]]], precision: torch.dtype = torch.float32
     ) -> None:
         self.precision = precision
+        self.is_shared = True  # each rank orthogonalises some of the matrices, and all gather them
         self.groups: dict[tuple[int, int], ShapeGroup] = {}
         for name, (parameter, sections) in matrices.items():
             start = 0
@@ -189,7 +209,7 @@ class Muon:
                 group.sources.append((parameter, slice(start, start + height)))
                 start += height
 
-    def step(self, learning_rate: float, momentum: float, weight_decay: float) -> None:
+    def step(self, learning_rate: float | Tensor, momentum: float | Tensor, weight_decay: float | Tensor) -> None:
         pending = []
         for shape, group in self.groups.items():
             gradients = _stack_gradients(group.sources)
@@ -198,7 +218,8 @@ class Muon:
             group.momentum.lerp_(gradients, 1 - momentum)
             directions = gradients.lerp_(group.momentum, momentum)  # Nesterov: look one step ahead
             directions = directions.to(_orthogonalisation_dtype(directions.device, self.precision))
-            pending.append((shape, group, *_orthogonalise_shared(directions)))
+            done = _orthogonalise_shared(directions) if self.is_shared else (orthogonalise_on(directions), None)
+            pending.append((shape, group, *done))
         for (rows, columns), group, updates, gathering in pending:
             if gathering is not None:
                 gathering.wait()
@@ -285,7 +306,9 @@ def compiled_orthogonalise() -> Any:
     return torch.compile(orthogonalise, dynamic=False)
 
 
-def _apply(sources: list[tuple[nn.Parameter, slice]], updates: Tensor, learning_rate: float, keep: float) -> None:
+def _apply(
+    sources: list[tuple[nn.Parameter, slice]], updates: Tensor, learning_rate: float | Tensor, keep: float | Tensor
+) -> None:
     """Set weight = keep x weight - learning_rate x update, on each rank for its own part of the weights."""
     if isinstance(sources[0][0].data, DTensor):
         targets, steps = _local_parts(sources, updates)
@@ -294,8 +317,10 @@ def _apply(sources: list[tuple[nn.Parameter, slice]], updates: Tensor, learning_
         steps = [update.to(target.dtype) for update, target in zip(updates, targets, strict=True)]
     if not targets:
         return
-    if keep != 1.0:
+    if isinstance(keep, Tensor) or keep != 1.0:
         torch._foreach_mul_(targets, keep)
+    if isinstance(learning_rate, Tensor):
+        steps, learning_rate = list(torch._foreach_mul(steps, learning_rate)), 1.0
     torch._foreach_add_(targets, steps, alpha=-learning_rate)
 
 

@@ -25,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from model.config import ModelConfig
 from model.documents import Documents, find_documents, split_documents
 from model.gpt import GPT, Block, chunked_cross_entropy, cross_entropy_gradient
-from model.gpu_steps import GraphedGradients
+from model.gpu_steps import GraphedGradients, GraphedUpdate, clip
+from model.liger import liger_passes
 from model.optimizer import Optimizer
 
 STRATEGIES = ("none", "ddp", "fsdp")
@@ -130,15 +131,35 @@ class SharedLoss(LossModule):
 
 
 class GraphedLoss(LossModule):
-    """The loss on one GPU, whose forward and backward passes are recorded once and then launched at once."""
+    """The loss on GPUs that launch a micro-batch's passes at once, and a step's update at once, as CUDA graphs.
 
-    def __init__(self, model: GPT) -> None:
+    With several ranks (`is_spread`) all gradients travel together, after the last micro-batch.
+    """
+
+    def __init__(self, model: GPT, *, is_spread: bool = False, gradient_precision: torch.dtype = torch.float32) -> None:
         super().__init__(model)
         self.graphed = GraphedGradients(model, super().forward)
+        self.is_spread = is_spread
+        self.gradient_precision = gradient_precision
+        self.updates: dict[Optimizer, GraphedUpdate] = {}
+        if is_spread:
+            with torch.no_grad():
+                for weight in model.parameters():  # as DDP does
+                    dist.broadcast(weight, 0)
 
     def add_gradients(self, batch: MicroBatch, scale: float, precision: torch.dtype) -> Tensor:
         """Add the gradients of `scale` x nats of a micro-batch to those of the weights; return the nats."""
         return self.graphed.add(batch, scale, precision)
+
+    def add_up_gradients(self) -> None:
+        """Add those of all ranks."""
+        if self.is_spread:
+            self.graphed.add_up(self.gradient_precision)
+
+    def update(self, optimizer: Optimizer, step: int, norm: Tensor) -> None:
+        if optimizer not in self.updates:
+            self.updates[optimizer] = GraphedUpdate(optimizer, self.graphed.record)
+        self.updates[optimizer].step(step, norm)
 
 
 def parallelize(
@@ -150,19 +171,25 @@ def parallelize(
     gradient_precision: torch.dtype = torch.float32,
     recompute: bool = False,
     graphs: bool = False,
+    pointwise: str = "torch",
 ) -> nn.Module:
     """Return what `train_step` runs: the model's loss, compiled, and spread over the ranks by `strategy`.
 
     The model itself keeps its parameters and their names, so the optimizer and checkpoints use it directly; under
     FSDP2 they are sharded in place, which is why the optimizer is built afterwards. With `recompute` each block keeps
     only its input for the backward pass, which computes the rest again (activation checkpointing, arXiv:1604.06174).
-    With `graphs` one GPU launches a micro-batch as one CUDA graph; several, and CPUs, do as without.
+    With `graphs` GPUs launch a micro-batch as one CUDA graph and the update as another; FSDP2 and CPUs do as without.
     Gradients travel between ranks in `gradient_precision`: bfloat16 halves the bytes and rounds what each rank adds.
+    `pointwise` says whose kernels compute a block between its matrix products.
+
+    Raises `ValueError` where those kernels are not installed.
     """
     assert strategy in STRATEGIES, strategy
     blocks = [block for block in model.blocks if isinstance(block, Block)]
     for block in blocks:
         block.recomputes = recompute
+        if pointwise == "liger":
+            block.use_passes(liger_passes())
     module = LossModule(model)
     device = model.embedding.weight.device
     if device.type == "cpu":
@@ -170,8 +197,8 @@ def parallelize(
         threads = torch.get_num_threads()
         if strategy == "none" and count_shares(threads, MAX_SHARES, model.config.dropout) > 1:
             module = SharedLoss(model, threads)
-    elif graphs and device.type == "cuda" and strategy == "none":
-        module = GraphedLoss(model)
+    elif graphs and device.type == "cuda" and strategy != "fsdp":
+        module = GraphedLoss(model, is_spread=strategy == "ddp", gradient_precision=gradient_precision)
     if compile:
         if device.type == "cpu":
             with suppress(ModuleNotFoundError):  # without the folder model/cpu training is slower, no more
@@ -203,7 +230,7 @@ def parallelize(
         # The loss needs no cast of its integers; the root holds embedding, last norm and head.
         fully_shard(module, mesh=mesh, mp_policy=policy)
         return module
-    if strategy == "ddp":
+    if strategy == "ddp" and not isinstance(module, GraphedLoss):
         # The only buffer is the rotary table, which each rank computes.
         # Before torch 2.13 the setting had another name.
         names = signature(DistributedDataParallel).parameters
@@ -222,17 +249,18 @@ def parallelize(
 
 
 def compile_ahead(
-    module: DistributedDataParallel, rows: int, context_length: int, precision: torch.dtype, *, documents: bool
+    module: nn.Module, rows: int, context_length: int, precision: torch.dtype, *, documents: bool
 ) -> None:
     """Have a compiled module's code made, or found in the cache, by a made-up micro-batch of which nothing stays.
 
     No other rank is asked for anything, so one rank can compile with all cores while the others wait.
     """
     device = next(module.parameters()).device
+    alone = module.module if isinstance(module, DistributedDataParallel) else module
     tokens = torch.zeros(rows, context_length, dtype=torch.int64, device=device)
     generators = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(generators), autocast(device, precision):
-        nats = module.module(tokens, tokens, find_documents(tokens.int()) if documents else None)
+        nats = alone(tokens, tokens, find_documents(tokens.int()) if documents else None)
     nats.backward()
     module.zero_grad()
 
@@ -291,15 +319,19 @@ def train_step(
                 )
             (nats * scale).backward()
         loss += nats.detach() / global_tokens
-    if sharded and world_size > 1:
+    if isinstance(module, GraphedLoss):
+        module.add_up_gradients()
+    if world_size > 1 and (sharded or (isinstance(module, GraphedLoss) and module.is_spread)):
         dist.all_reduce(loss)
     norm = gradient_norm(optimizer.parameters.values())
     if skip_bad_loss and not bool(torch.isfinite(loss + norm)):  # this waits for the device
         optimizer.zero_grad()
         return StepMeasures(loss, norm, skipped=True)
-    if optimizer.config.clip_norm:
-        nn.utils.clip_grads_with_norm_(optimizer.parameters.values(), optimizer.config.clip_norm, norm, foreach=True)
-    optimizer.step(step)
+    if isinstance(module, GraphedLoss):
+        module.update(optimizer, step, norm)
+    else:
+        clip(optimizer, norm)
+        optimizer.step(step)
     return StepMeasures(loss, norm)
 
 

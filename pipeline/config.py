@@ -271,10 +271,19 @@ class TrainConfig:
     )
     compile: bool = setting(False, "torch.compile the model: slower to start, faster to run", affects_result=False)
     cuda_graphs: bool = setting(
-        False, "on one GPU: launch each micro-batch as one graph", affects_result=False, added_later=True
+        False,
+        "on GPUs: launch each micro-batch as one graph, and the update as one; not with fsdp",
+        affects_result=False,
+        added_later=True,
     )
     flash_attention: str = setting(
         "2", "on GPUs: 2 (PyTorch's own), 3 (Hopper) or 4 (Blackwell)", affects_result=False, added_later=True
+    )
+    pointwise: str = setting(
+        "torch",
+        "on GPUs: whose kernels compute norms, residuals and SwiGLU: torch, or liger (needs its extra)",
+        affects_result=False,
+        added_later=True,
     )
     recompute_activations: bool = setting(
         False, "keep less for the backward pass and compute it again: slower, less memory", affects_result=False
@@ -369,6 +378,7 @@ class TrainConfig:
         _check_choice("train.precision", self.precision, ("auto", "float32", "bfloat16"))
         _check_choice("train.gradient_precision", self.gradient_precision, ("float32", "bfloat16"))
         _check_choice("train.flash_attention", self.flash_attention, ("2", "3", "4"))
+        _check_choice("train.pointwise", self.pointwise, ("torch", "liger"))
         _check_choice("train.sharding", self.sharding, ("ddp", "fsdp"))
         _check_choice("train.device", self.device, ("auto", "cpu", "gpu"))
         _check_choice("train.on_bad_loss", self.on_bad_loss, ("stop", "skip"))

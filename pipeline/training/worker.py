@@ -38,6 +38,7 @@ from model.lora import ADAPTER_FOLDER, adapt, export_adapter, import_adapter, lo
 from model.optimizer import Optimizer, build_optimizer
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.training import (
+    GraphedLoss,
     LossModule,
     StepMeasures,
     choose_precision,
@@ -146,6 +147,7 @@ def train_on_one(plan: TrainingPlan, line: Any) -> dict[str, Any]:
         gradient_precision=getattr(torch, options.gradient_precision),
         recompute=options.recompute_activations,
         graphs=options.cuda_graphs,
+        pointwise=options.pointwise if device.type == "cuda" else "torch",
     )
     sequences = options.batch_tokens // plan.model.context_length
     if compiles:
@@ -325,7 +327,7 @@ def compile_in_turns(
     """
     context = ray.train.get_context()
     workers_here, is_first = context.get_local_world_size(), context.get_local_rank() == 0
-    if not isinstance(module, DistributedDataParallel):
+    if not isinstance(module, DistributedDataParallel | GraphedLoss):
         set_compile_threads(workers_here)
         return
     set_compile_threads(1 if is_first else workers_here)

@@ -8,6 +8,7 @@
 Every candidate runs in a process of its own, so that peak memory is its own, and on a CPU they take turns: forward,
 loss, backward and a fused AdamW step on the same random tokens, eager and compiled.
 README.md beside this file says how the peers are installed.
+Long because the step, its peers and every lever stand side by side.
 """
 
 import argparse
@@ -75,7 +76,13 @@ def our_step(options: argparse.Namespace, is_compiled: bool) -> Callable[[], Any
         choose_precision(options.precision, options.device),
     )
     model = GPT(config, options.vocabulary).to(options.device)
-    module = parallelize(model, compile=is_compiled, recompute=options.recompute, graphs=options.graphs)
+    module = parallelize(
+        model,
+        compile=is_compiled,
+        recompute=options.recompute,
+        graphs=options.graphs,
+        pointwise=options.pointwise,
+    )
     optimizer = build_optimizer(model, OptimizerConfig(kind=options.optimizer), total_steps=1000, precision=precision)
     tokens = batch.tokens.numel()
     gc.collect()
@@ -175,7 +182,8 @@ CPU_LEVERS: dict[str, Callable[[argparse.Namespace], None]] = {
 }
 # What may give something and is not what a training does by itself.
 GPU_LEVERS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "each micro-batch one graph": lambda options: vars(options).update(graphs=True),
+    "each micro-batch one graph, the update one": lambda options: vars(options).update(graphs=True),
+    "Liger's norms, residual and SwiGLU": lambda options: vars(options).update(pointwise="liger"),
     "FlashAttention 3": lambda options: use_flash_attention("3"),
     "FlashAttention 4": lambda options: use_flash_attention("4"),
     "products by Triton, SwiGLU in their epilogue": lambda options: setattr(inductor, "max_autotune_gemm", True),
@@ -350,7 +358,12 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"), help="ours; the peers have AdamW")
     parser.add_argument("--recompute", action="store_true", help="ours computes activations again")
-    parser.add_argument("--graphs", action="store_true", help="on a GPU: ours launches each micro-batch as one graph")
+    parser.add_argument(
+        "--graphs", action="store_true", help="on a GPU: ours launches each micro-batch, and the update, as one graph"
+    )
+    parser.add_argument(
+        "--pointwise", choices=("torch", "liger"), default="torch", help="on a GPU: kernels of our passes"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--modes", default="eager,compiled")
     parser.add_argument("--levers", action="store_true", help="ours without one lever after another, in place of peers")

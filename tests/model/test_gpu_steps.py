@@ -1,18 +1,24 @@
-"""What only GPUs run, as far as a CPU can say: a recorded micro-batch learns what an unrecorded one does."""
+"""What only GPUs run, as far as a CPU can say: a recorded step learns what an unrecorded one does."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from model import training
+from model.documents import Documents, find_documents
 from model.gpt import GPT, ModelConfig
 from model.gpu_steps import FLASH_VERSIONS, GraphedGradients, use_flash_attention
-from model.optimizer import OptimizerConfig, build_optimizer
-from model.training import GraphedLoss, LossModule, parallelize, train_step
+from model.optimizer import Optimizer, OptimizerConfig, build_optimizer
+from model.training import GraphedLoss, LossModule, autocast, parallelize, train_step
 from pipeline.config import TrainConfig
+from tests.model.ranks import run_on_ranks
 
 VOCABULARY = 70
 
@@ -55,47 +61,183 @@ class Recorder:
         return replay, result
 
 
-def train(precision: torch.dtype, recorder: Recorder | None, steps: int = 3) -> tuple[GPT, list[float]]:
+def tiny_model() -> GPT:
     torch.manual_seed(0)
-    model = GPT(ModelConfig(num_layers=2, width=32, num_heads=2, context_length=8), VOCABULARY)
-    module: LossModule = LossModule(model)
-    if recorder is not None:
-        module = GraphedLoss(model)
-        module.graphed.record = recorder
-    optimizer = build_optimizer(model, OptimizerConfig(clip_norm=0.5), total_steps=10)
-    losses = []
-    for step in range(steps):
-        tokens = 7 * 8
-        measures = train_step(module, optimizer, batches(step), step=step, global_tokens=tokens, precision=precision)
-        losses.append(measures.read()[0])
-    return model, losses
+    return GPT(ModelConfig(num_layers=2, width=32, num_heads=2, context_length=8), VOCABULARY)
+
+
+def graphed(model: GPT, recorder: Recorder, is_spread: bool = False, **asked: torch.dtype) -> GraphedLoss:
+    module = GraphedLoss(model, is_spread=is_spread, **asked)
+    module.graphed.record = recorder
+    return module
+
+
+def train(module: torch.nn.Module, optimizer: Optimizer, steps: range = range(4)) -> list[float]:
+    return [train_step(module, optimizer, batches(step), step=step, global_tokens=56).read()[0] for step in steps]
+
+
+def build(model: GPT, kind: str = "muon") -> Optimizer:
+    # Long warm-ups: rates and momentum change with each step. What a replay reads of them must too.
+    config = OptimizerConfig(
+        kind=kind, clip_norm=0.5, warmup_steps=4, momentum_warmup_steps=4, weight_decay=0.1, weight_decay_to_zero=True
+    )
+    return build_optimizer(model, config, total_steps=10)
+
+
+def assert_near(ours: GPT, theirs: GPT, tolerance: float = 1e-6) -> None:
+    for name, weight in ours.named_parameters():
+        assert torch.allclose(weight, theirs.get_parameter(name), atol=tolerance), name
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_a_recorded_step_learns_what_an_unrecorded_one_does(kind: str) -> None:
+    recorder, model, plain = Recorder(), tiny_model(), tiny_model()
+    losses = train(graphed(model, recorder), build(model, kind))
+    assert losses == pytest.approx(train(LossModule(plain), build(plain, kind)), abs=1e-5)
+    assert_near(model, plain)
+    assert recorder.recordings == 3, "one for each shape, documents are not recorded; and one for the update"
+    assert recorder.replays == 4 * 2 + 3, "the first update makes the moments"
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_recorded_micro_batches_learn_what_unrecorded_ones_do(precision: torch.dtype) -> None:
-    recorder = Recorder()
-    graphed, losses = train(precision, recorder)
-    plain, expected = train(precision, None)
-    assert losses == expected
-    for ours, theirs in zip(graphed.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-    assert recorder.recordings == 2, "one for each shape; documents are not recorded"
-    assert recorder.replays == 6
+def test_recorded_micro_batches_have_the_bits_of_unrecorded_ones(precision: torch.dtype) -> None:
+    model = tiny_model()
+    module = graphed(model, Recorder())
+    for rows in batches(0) * 2:
+        module.add_gradients(rows, 0.1, precision)
+    found = [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
+    model.zero_grad()
+    for rows in batches(0) * 2:
+        with autocast("cpu", precision):
+            nats = model.loss(rows.tokens, rows.targets, describe(rows))
+        (nats * 0.1).backward()
+    for ours, weight in zip(found, model.parameters(), strict=True):
+        assert torch.equal(ours, weight.grad)
+
+
+def describe(rows: Rows) -> Documents | None:
+    return None if rows.document_ids is None else find_documents(rows.document_ids)
+
+
+def test_a_resume_brings_moments_that_are_recorded_anew() -> None:
+    """The loaded moments lie elsewhere: a replay of the old recording would go on from the old ones."""
+    model, plain = tiny_model(), tiny_model()
+    pairs = []
+    for each, module in ((model, graphed(model, Recorder())), (plain, LossModule(plain))):
+        optimizer = build(each)
+        train(module, optimizer, steps=range(3))
+        state = optimizer.state_dict()
+        train(module, optimizer, steps=range(3, 5))
+        optimizer.load_state_dict(state)
+        pairs.append(train(module, optimizer, steps=range(3, 6)))
+    assert pairs[0] == pytest.approx(pairs[1], abs=1e-5)
+    assert_near(model, plain)
+
+
+def test_a_bad_loss_leaves_weights_and_moments_alone() -> None:
+    model = tiny_model()
+    module, optimizer = graphed(model, Recorder()), build(model)
+    train(module, optimizer, steps=range(3))
+    kept = model.embedding.weight.detach().clone()
+    model.embedding.weight.data[:, 0] = torch.inf
+    before = [each.detach().clone() for each in optimizer.tensors()]
+    assert train_step(module, optimizer, batches(3), step=3, global_tokens=56, skip_bad_loss=True).skipped
+    assert all(torch.equal(old, new) for old, new in zip(before, optimizer.tensors(), strict=True))
+    model.embedding.weight.data.copy_(kept)
+    assert not train_step(module, optimizer, batches(4), step=4, global_tokens=56, skip_bad_loss=True).skipped
+    assert all(torch.isfinite(each).all() for each in optimizer.tensors())
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that are started one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **kwargs or {})
+
+
+def test_launches_of_a_step_do_not_grow_with_the_model() -> None:
+    counts = []
+    for layers in (1, 4):
+        launches = Launches()
+
+        def record(compute: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+            replay, result = Recorder()(compute, device)
+
+            def launch() -> None:
+                with _disable_current_modes():  # one launch, whatever is in it
+                    replay()
+
+            return launch, result
+
+        torch.manual_seed(0)
+        model = GPT(ModelConfig(num_layers=layers, width=32, num_heads=2, context_length=8), VOCABULARY)
+        module = GraphedLoss(model)
+        module.graphed.record = record
+        optimizer, rows = build(model), batches(0)[:2]
+        for step in range(3):
+            train_step(module, optimizer, rows, step=step, global_tokens=40)
+        with launches:
+            train_step(module, optimizer, rows, step=3, global_tokens=40)
+        counts.append(launches.count)
+    assert counts[0] == counts[1] < 30, "without graphs 778, and 2,107"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_gpus_graphs_learn_what_single_launches_do(compiles: bool) -> None:
+    losses = []
+    for graphs in (False, True):
+        model = tiny_model().to("cuda")
+        module = parallelize(model, compile=compiles, graphs=graphs)
+        assert isinstance(module, GraphedLoss) == graphs
+        losses.append(train(module, build(model), steps=range(6)))
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+
+
+def train_spread(folder: Path, rank: int) -> None:
+    for precision in (torch.float32, torch.bfloat16):
+        recorder, model, plain = Recorder(), tiny_model(), tiny_model()
+        with torch.no_grad():
+            model.embedding.weight += rank  # the ranks begin with rank 0's weights
+        module = graphed(model, recorder, is_spread=True, gradient_precision=precision)
+        ddp = parallelize(plain, strategy="ddp", gradient_precision=precision)
+        losses = [[], []]
+        for which, (each, optimizer) in enumerate(((module, build(model)), (ddp, build(plain)))):
+            for step in range(4):
+                # Uneven shares: one rank has one micro-batch, the other two.
+                mine = batches(step)[:1] if rank else batches(step)[1:]
+                losses[which].append(train_step(each, optimizer, mine, step=step, global_tokens=56).read()[0])
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5 if precision == torch.float32 else 1e-3)
+        assert_near(model, plain, 1e-6 if precision == torch.float32 else 1e-3)
+        assert recorder.recordings == 2
+        torch.save([weight.detach() for weight in model.parameters()], folder / f"{precision}-{rank}.pt")
+
+
+def test_ranks_add_up_recorded_gradients_as_ddp_does(tmp_path: Path) -> None:
+    run_on_ranks(partial(train_spread, tmp_path), tmp_path)
+    for precision in (torch.float32, torch.bfloat16):
+        ours, theirs = (torch.load(tmp_path / f"{precision}-{rank}.pt", weights_only=True) for rank in range(2))
+        assert all(torch.equal(left, right) for left, right in zip(ours, theirs, strict=True)), "the ranks agree"
 
 
 def test_gradients_keep_their_place_and_begin_each_step_at_zero() -> None:
     model = GPT(ModelConfig(num_layers=1, width=16, num_heads=2, context_length=8), VOCABULARY)
-    graphed = GraphedGradients(model, LossModule(model), Recorder())
+    gradients = GraphedGradients(model, LossModule(model), Recorder())
     places = []
     for _ in range(2):
         for weight in model.parameters():
             weight.grad = None
-        graphed.add(batches(0)[0], 1.0, torch.float32)
-        places.append([(weight.grad.data_ptr(), weight.grad.norm().item()) for weight in graphed.weights])
+        gradients.add(batches(0)[0], 1.0, torch.float32)
+        places.append([(weight.grad.data_ptr(), weight.grad.norm().item()) for weight in gradients.weights])
     assert places[0] == places[1]
 
 
-def test_graphs_are_for_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_are_for_gpus_that_hold_all_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT(ModelConfig(num_layers=1, width=16, num_heads=2, context_length=8), VOCABULARY)
     assert not isinstance(parallelize(model, graphs=True), GraphedLoss), "this is a CPU"
 
@@ -106,6 +248,10 @@ def test_graphs_are_for_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     model.embedding = type("Embedding", (torch.nn.Module,), {"weight": OnGpu()})()
     assert isinstance(parallelize(model, graphs=True), GraphedLoss)
+    spread = []
+    monkeypatch.setattr(training.dist, "broadcast", lambda weight, source: spread.append(source))
+    assert isinstance(parallelize(model, graphs=True, strategy="ddp"), GraphedLoss)
+    assert set(spread) == {0}
     assert not isinstance(parallelize(model), GraphedLoss)
     assert not hasattr(training, "record_graph"), "a graph is recorded in one place"
 

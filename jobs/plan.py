@@ -60,6 +60,7 @@ def calculate(config: "Config", options: argparse.Namespace) -> dict[str, Any]:
     parts = roofline(
         model, config.optimizer, vocab_size, tokens=train.batch_tokens, micro_batches=micro_batches, gpu=gpu
     )
+    graphs = train.cuda_graphs and train.sharding != "fsdp"
     rows = []
     for devices in GPU_COUNTS:
         # Micro-batches of one sequence at least: no more GPUs than sequences can work.
@@ -75,6 +76,7 @@ def calculate(config: "Config", options: argparse.Namespace) -> dict[str, Any]:
             devices=devices,
             bytes_per_second=NETWORK_SHARE * nominal,
             lora=train.lora,
+            graphs=graphs,
         )
         seconds = step.compute + step.exposed
         rows.append(
@@ -116,7 +118,8 @@ def calculate(config: "Config", options: argparse.Namespace) -> dict[str, Any]:
         "memory_bandwidth_share": BANDWIDTH_SHARE,
         "step_tokens": train.batch_tokens,
         "step_parts": [asdict(part) for part in parts],
-        "step_launch_seconds": launch_seconds(model, micro_batches),
+        "step_launch_seconds": launch_seconds(model, micro_batches, graphs),
+        "graphs": graphs,
         "mfu": options.mfu,
         "gpus_that_share_the_model": shards,
         "memory_bytes": asdict(memory) | {"total": memory.total},
@@ -189,6 +192,11 @@ def describe(config: "Config", plan: Mapping[str, Any]) -> None:
             f"together as many bytes as DDP's all-reduce of {4 * parameters / 1e6:,.0f} MB."
             " Most of it overlaps with arithmetic"
         )
+    elif plan["graphs"]:
+        traffic = (
+            f"The GPUs sum {4 * trained / 1e6:,.0f} MB of gradients in every step by ring all-reduce,"
+            "\nall at once between the graphs of the passes and of the update"
+        )
     else:
         traffic = (
             f"DDP sums {4 * trained / 1e6:,.0f} MB of gradients in every step by ring all-reduce, in buckets of"
@@ -203,7 +211,8 @@ def describe(config: "Config", plan: Mapping[str, Any]) -> None:
         "\nEvaluation, start-up and reading data are not counted."
     )
     if share := plan["orthogonalisation_flops_share"]:
-        print(f"Muon's orthogonalisation adds {share:.1%} of FLOPs, divided over the GPUs and gathered in bfloat16.")
+        whose = "on each GPU" if plan["graphs"] else "divided over the GPUs and gathered in bfloat16"
+        print(f"Muon's orthogonalisation adds {share:.1%} of FLOPs, {whose}.")
 
 
 def describe_step(plan: Mapping[str, Any]) -> None:

@@ -125,17 +125,19 @@ def estimate_step(
     bytes_per_second: float,
     latency_seconds: float = 20e-6,
     lora: LoraSettings | None = None,
+    graphs: bool = False,
 ) -> StepTime:
     """Estimate a step of `flops` divided over `devices` with DDP; `flops_per_second` is what one device reaches.
 
     Each of the n devices sends 2 (n-1)/n of the gradients' bytes (ring all-reduce), in buckets that start as soon
     as they are full. The backward pass is two thirds of the arithmetic; the last bucket is full only at its end.
-    Muon orthogonalises 1/n of the matrices on each, then all gather the bfloat16 results.
+    Muon orthogonalises 1/n of the matrices on each, then all gather the bfloat16 results. With `graphs` gradients are
+    sent after the backward pass, and each device orthogonalises all matrices.
     """
     parameters = count_parameters(model, vocab_size) if lora is None else count_adapter(model, lora)  # with gradients
     matrices = model.num_layers * block_parameters(model)[0]
     muon = orthogonalisation_flops(model) if optimizer.kind == "muon" else 0
-    compute = (flops + muon) / devices / flops_per_second
+    compute = (flops / devices + muon / (1 if graphs else devices)) / flops_per_second
     if devices == 1:
         return StepTime(compute, 0.0, 0.0)
     share = (devices - 1) / devices
@@ -143,6 +145,8 @@ def estimate_step(
     bucket_latency = 2 * math.log2(devices) * latency_seconds
     gradients = 2 * share * 4 * parameters / bytes_per_second + buckets * bucket_latency
     last_bucket = gradients / buckets
+    if graphs:
+        return StepTime(compute, gradients, gradients)
     backward = 2 / 3 * flops / devices / flops_per_second
     gather = share * 2 * matrices / bytes_per_second + bucket_latency if muon else 0.0
     return StepTime(compute, gradients, max(last_bucket, gradients - backward) + gather)

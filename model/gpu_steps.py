@@ -42,10 +42,21 @@ def use_flash_attention(version: str) -> None:
         ) from None
 
 
-def record(compute: Callable[[], Tensor], device: torch.device) -> tuple[Replay, Tensor]:
-    """Record what `compute` starts on the GPU; returns what starts it again, and its result, written each time."""
-    graph, result = record_graph(compute, device)
-    return graph.replay, result
+class GraphRecorder:
+    """Records what `compute` starts on the GPU; returns what starts it again, and its result, written each time.
+
+    All of its graphs take their memory from one pool: one runs after the other, and nothing that one leaves there is
+    read after the next began.
+    """
+
+    def __init__(self) -> None:
+        self.pool: Any = None  # PyTorch's handle
+
+    def __call__(self, compute: Callable[[], Tensor], device: torch.device) -> tuple[Replay, Tensor]:
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        graph, result = record_graph(compute, device, self.pool)
+        return graph.replay, result
 
 
 @dataclass
@@ -66,10 +77,10 @@ class GraphedGradients:
     where it adds them up. Micro-batches with document boundaries are of any number of documents, and run as usual.
     """
 
-    def __init__(self, model: GPT, loss: Callable[..., Tensor], record: Record = record) -> None:
+    def __init__(self, model: GPT, loss: Callable[..., Tensor], record: Record | None = None) -> None:
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
-        self.loss = loss
-        self.record = record
+        self.loss = loss  # of tokens, targets, documents or None, and the precision of products
+        self.record = record or GraphRecorder()
         self.memory: Tensor | None = None  # of all gradients, one behind the other
         self.gradients: list[Tensor] = []
         self.recorded: dict[tuple[torch.Size, torch.dtype], Recorded] = {}
@@ -101,10 +112,7 @@ class GraphedGradients:
     def _learn(
         self, tokens: Tensor, targets: Tensor, scale: Tensor, precision: torch.dtype, documents: Any = None
     ) -> Tensor:
-        is_half = precision != torch.float32
-        # Weights cast once and kept would be those of the step that was recorded.
-        with torch.autocast(tokens.device.type, dtype=precision, enabled=is_half, cache_enabled=False):
-            nats = self.loss(tokens, targets, documents)
+        nats = self.loss(tokens, targets, documents, precision)
         (nats * scale).backward()
         return nats.detach()
 
@@ -133,7 +141,7 @@ class GraphedGradients:
 class GraphedUpdate:
     """Clipping and the optimizer's step, launched at once; the first is run as usual, which makes the moments."""
 
-    def __init__(self, optimizer: Optimizer, record: Record = record) -> None:
+    def __init__(self, optimizer: Optimizer, record: Record) -> None:
         self.optimizer = optimizer
         self.record = record
         self.written: list[Tensor] = []
@@ -168,9 +176,11 @@ class GraphedUpdate:
 
         gradients = [weight.grad for weight in self.optimizer.parameters.values() if weight.grad is not None]
         with torch.no_grad():
-            before = [each.clone() for each in written + gradients]  # a recording begins by doing it a few times
+            # A recording begins by doing it a few times. What that writes is kept where there is room.
+            before = [each.to("cpu", copy=True) for each in written + gradients]
             self.replay, _ = self.record(update, norm.device)
-            torch._foreach_copy_(written + gradients, before)
+            for each, kept in zip(written + gradients, before, strict=True):
+                each.copy_(kept)
 
 
 def clip(optimizer: Optimizer, norm: Tensor) -> None:

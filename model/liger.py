@@ -122,7 +122,7 @@ def liger_passes() -> PointwisePasses:
     return PointwisePasses(
         normalise=lambda x, weight, epsilon: norm(x, weight, epsilon)[0],
         add_and_normalise=lambda x, added, weight, epsilon: add_norm(x, added, weight, epsilon)[:2],
-        gate=gate,
+        gate=lambda gate_up: gate(gate_up),  # a function can be copied with the model, the operation cannot
     )
 
 

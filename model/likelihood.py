@@ -96,7 +96,7 @@ def score(
     was_training = model.training
     model.eval()
     try:
-        with autocast(device, precision):
+        with autocast(device, precision, keeps_casts=True):
             for batch in batch_rows(fill_rows(windows, row_tokens), batch_tokens):
                 _score_batch(model, batch, nats, greedy)
     finally:

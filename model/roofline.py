@@ -92,6 +92,12 @@ def rest_seconds(
     return (optimizer_bytes + copies + embedding) / bandwidth + muon
 
 
-def launch_seconds(model: ModelConfig, micro_batches: int) -> float:
+# Of a step with graphs, counted: the copies to where each micro-batch's graph reads, and what lies between graphs.
+LAUNCHES_OF_A_GRAPH, LAUNCHES_BESIDE_GRAPHS = 6, 15
+
+
+def launch_seconds(model: ModelConfig, micro_batches: int, graphs: bool = False) -> float:
     """What the host needs to start a step's kernels: hidden behind the GPU's work unless it is longer."""
+    if graphs:
+        return (micro_batches * LAUNCHES_OF_A_GRAPH + LAUNCHES_BESIDE_GRAPHS) * LAUNCH_SECONDS
     return micro_batches * (model.num_layers * KERNELS_OF_A_BLOCK[model.family] + 40) * LAUNCH_SECONDS

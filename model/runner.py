@@ -222,7 +222,9 @@ def bucket_of(count: int, shortest: int, most: int) -> int:
     return min(shortest << max(0, (count - 1) // shortest).bit_length(), most)
 
 
-def record_graph(compute: Callable[[], Tensor], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def record_graph(
+    compute: Callable[[], Tensor], device: torch.device, pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """Record what `compute` starts on the GPU, between the steps of other engines; returns the graph and its result.
 
     Only this thread's calls can spoil the recording: in the default mode, any thread that allocates memory or waits
@@ -236,6 +238,6 @@ def record_graph(compute: Callable[[], Tensor], device: torch.device) -> tuple[t
                 compute()
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             result = compute()
     return graph, result

@@ -138,7 +138,7 @@ class GraphedLoss(LossModule):
 
     def __init__(self, model: GPT, *, is_spread: bool = False, gradient_precision: torch.dtype = torch.float32) -> None:
         super().__init__(model)
-        self.graphed = GraphedGradients(model, super().forward)
+        self.graphed = GraphedGradients(model, self.compute)
         self.is_spread = is_spread
         self.gradient_precision = gradient_precision
         self.updates: dict[Optimizer, GraphedUpdate] = {}
@@ -150,6 +150,10 @@ class GraphedLoss(LossModule):
     def add_gradients(self, batch: MicroBatch, scale: float, precision: torch.dtype) -> Tensor:
         """Add the gradients of `scale` x nats of a micro-batch to those of the weights; return the nats."""
         return self.graphed.add(batch, scale, precision)
+
+    def compute(self, tokens: Tensor, targets: Tensor, documents: Documents | None, precision: torch.dtype) -> Tensor:
+        with autocast(tokens.device, precision):
+            return self(tokens, targets, documents)
 
     def add_up_gradients(self) -> None:
         """Add those of all ranks."""
@@ -269,9 +273,10 @@ def scores_as_trained(module: nn.Module, config: ModelConfig) -> bool:
     """Tell whether the code of a compiled training step scores held-out batches too, so that none is compiled for it.
 
     Not where threads share a batch out, whose code is that of a part; nor where ranks share the weights, which are
-    gathered for a backward pass and would stay; nor with dropout.
+    gathered for a backward pass and would stay; nor beside graphs, which keep the memory of a whole step; nor with
+    dropout.
     """
-    return not isinstance(module, SharedLoss | FSDPModule) and config.dropout == 0
+    return not isinstance(module, SharedLoss | GraphedLoss | FSDPModule) and config.dropout == 0
 
 
 def average_in_bfloat16(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -342,10 +347,18 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def autocast(device: torch.device | str, precision: torch.dtype) -> AbstractContextManager[Any]:
-    """Compute matrix products in `precision`; weights and their gradients stay float32."""
+def autocast(
+    device: torch.device | str, precision: torch.dtype, *, keeps_casts: bool = False
+) -> AbstractContextManager[Any]:
+    """Compute matrix products in `precision`; weights and their gradients stay float32.
+
+    With `keeps_casts` a weight is cast once for all passes inside. A training step needs each once, and a graph would
+    keep those of the step that it recorded.
+    """
     kind = torch.device(device).type
-    return nullcontext() if precision == torch.float32 else torch.autocast(kind, dtype=precision)
+    if precision == torch.float32:
+        return nullcontext()
+    return torch.autocast(kind, dtype=precision, cache_enabled=keeps_casts)
 
 
 def keep_freed_memory() -> None:

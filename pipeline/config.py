@@ -272,7 +272,7 @@ class TrainConfig:
     compile: bool = setting(False, "torch.compile the model: slower to start, faster to run", affects_result=False)
     cuda_graphs: bool = setting(
         False,
-        "on GPUs: launch each micro-batch as one graph, and the update as one; not with fsdp",
+        "on GPUs, not with fsdp: launch a micro-batch without document boundaries as one graph, and the update as one",
         affects_result=False,
         added_later=True,
     )
@@ -606,6 +606,11 @@ class Config:
         require(
             self.train.lora is None or self.optimizer.kind == "adamw",
             "train.lora_rank trains factors with AdamW, as Muon is for whole matrices; set optimizer.kind=adamw.",
+        )
+        require(
+            not (self.train.cuda_graphs and self.train.recompute_activations and self.model.dropout),
+            "train.cuda_graphs cannot record activations that are computed again with dropout; set"
+            " train.recompute_activations=false or model.dropout=0.",
         )
         if not self.start.model or self.start.digest:  # else the context is still to be read from the start
             self._check_lengths()

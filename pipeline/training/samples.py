@@ -59,7 +59,7 @@ def as_in_training(model: GPT, precision: torch.dtype) -> AbstractContextManager
     stack.callback(model.train, model.training)
     model.eval()
     stack.enter_context(torch.no_grad())
-    stack.enter_context(autocast(next(model.parameters()).device, precision))
+    stack.enter_context(autocast(next(model.parameters()).device, precision, keeps_casts=True))
     # Each length of a text would be compiled anew, and thrown away after it.
     stack.enter_context(torch.compiler.set_stance("force_eager"))
     return stack  # type: ignore[return-value]

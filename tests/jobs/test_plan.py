@@ -271,3 +271,18 @@ def test_another_program_reads_the_same_figures(capsys: pytest.CaptureFixture[st
     (eight,) = [row for row in plan["speeds"] if row["gpus"] == 8]
     assert seconds_per_step(printed, 8) == pytest.approx(eight["seconds_per_step"], abs=5e-5)
     assert plan["memory_bytes"]["total"] == sum(v for k, v in plan["memory_bytes"].items() if k != "total")
+
+
+def test_graphs_cost_no_launches_and_all_of_the_network(capsys: pytest.CaptureFixture[str]) -> None:
+    plans = []
+    for graphs in ("false", "true"):
+        assert main([str(PRESETS[0].parent / "gpt-53m.yaml"), f"train.cuda_graphs={graphs}", "--json"]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    plain, graphed = plans
+    assert graphed["step_launch_seconds"] < plain["step_launch_seconds"] / 50
+    assert graphed["speeds"][0] == plain["speeds"][0], "one GPU sends nothing"
+    assert graphed["speeds"][-1]["seconds_per_step"] > plain["speeds"][-1]["seconds_per_step"]
+    assert main([str(PRESETS[0].parent / "gpt-53m.yaml"), "train.cuda_graphs=true"]) == 0
+    printed = capsys.readouterr().out
+    assert "all at once between the graphs" in printed
+    assert "on each GPU" in printed

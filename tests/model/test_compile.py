@@ -1,5 +1,6 @@
 """What `torch.compile` makes of a training: one graph for all blocks, whatever the strategy, no second compiling."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch._dynamo.utils import counters
 from model.gpt import GPT, ModelConfig
 from model.optimizer import OptimizerConfig, build_optimizer
 from model.scoring import score_batches
-from model.training import LossModule, compile_ahead, parallelize, train_step
+from model.training import GraphedLoss, LossModule, compile_ahead, parallelize, train_step
 from tests.model.ranks import run_on_ranks
 
 # A block of 2 MB: DDP's first bucket, of 1 MB, would end within it.
@@ -39,8 +40,13 @@ class CountingBackend:
         return graph.forward
 
 
+def compute_again(compute: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], Any], Tensor]:
+    """In place of a CUDA graph, as far as compiling goes."""
+    return compute, compute()
+
+
 def count_graphs(
-    strategy: str, recompute: bool = False, as_trained: bool = False, ahead: bool = False
+    strategy: str, recompute: bool = False, as_trained: bool = False, ahead: bool = False, graphed: bool = False
 ) -> dict[str, int]:
     """Train and score by turns; returns the graphs that there were after each turn."""
     backend, real_compile = CountingBackend(), torch.compile
@@ -56,20 +62,26 @@ def count_graphs(
         module = parallelize(model, strategy=strategy, compile=True, recompute=recompute)
     finally:
         torch.compile = real_compile
+    if graphed:
+        module = GraphedLoss(model)
+        module.graphed.record = compute_again
     optimizer = build_optimizer(model, OptimizerConfig(kind="adamw"), total_steps=4)
     scored = module if strategy == "fsdp" else LossModule(model)
     batch = Rows(torch.randint(0, VOCABULARY, (2, 8)), torch.randint(0, VOCABULARY, (2, 8)))
+    precision = torch.bfloat16  # float32 has no casts, which are code too
     after = {}
     if ahead:
         state = torch.get_rng_state()
-        compile_ahead(module, 2, 8, torch.float32, documents=False)  # type: ignore[arg-type]
+        compile_ahead(module, 2, 8, precision, documents=False)
         assert torch.equal(torch.get_rng_state(), state)
         assert all(each.grad is None for each in model.parameters())
         after["ahead"] = len(backend.graphs)
     for step in range(2):
-        train_step(module, optimizer, [batch, batch], step=step, global_tokens=64)
+        train_step(module, optimizer, [batch, batch], step=step, global_tokens=64, precision=precision)
         after[f"training {step}"] = len(backend.graphs)
-        score_batches(scored, [batch, batch], np.ones(VOCABULARY, dtype=np.int64), as_trained=as_trained)
+        score_batches(
+            scored, [batch, batch], np.ones(VOCABULARY, dtype=np.int64), precision=precision, as_trained=as_trained
+        )
         after[f"scoring {step}"] = len(backend.graphs)
     assert not counters["graph_break"], dict(counters["graph_break"])
     return after
@@ -94,6 +106,15 @@ def test_scoring_by_a_training_steps_code_compiles_nothing() -> None:
     torch.set_num_threads(1)
     try:
         assert set(count_graphs("none", as_trained=True).values()) == {2}
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_graphs_record_the_code_that_was_compiled_ahead() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert count_graphs("none", ahead=True, graphed=True) == EXPECTED | {"ahead": 2}
     finally:
         torch.set_num_threads(before)
 

@@ -248,7 +248,8 @@ def test_a_graph_is_recorded_for_its_own_thread_between_the_steps_of_others(monk
     modes: list[str] = []
 
     @contextmanager
-    def record(graph: object, *, capture_error_mode: str) -> Iterator[None]:
+    def record(graph: object, *, pool: object, capture_error_mode: str) -> Iterator[None]:
+        assert pool is None, "a swap's two engines have memory of their own"
         modes.append(capture_error_mode)
         yield
 

@@ -196,6 +196,23 @@ def test_what_is_compiled_lies_in_a_folder_that_the_image_has_and_volumes_are_mo
     assert re.search(r"install .*--owner=ray .*/home/ray/compiled\b", image), "a volume takes over its owner"
     for name in ("worker", "worker-gpu"):
         assert "compiled:/home/ray/compiled" in COMPOSE["services"][name]["volumes"]
+    aws = yaml.safe_load((INFRA / "aws/cluster.yaml").read_text())
+    assert any(
+        option.startswith("--volume /mnt/compiled:/home/ray/compiled") for option in aws["docker"]["run_options"]
+    )
+
+
+def test_an_aws_node_starts_with_and_without_a_file_system_for_compiled_code(tmp_path: Path) -> None:
+    aws = yaml.safe_load((INFRA / "aws/cluster.yaml").read_text())
+    (command,) = [each for each in aws["initialization_commands"] if "/mnt/compiled" in each]
+    for mounts in (True, False):
+        log = tmp_path / f"{mounts}.log"
+        sudo = f'sudo() {{ echo "$*" >> {log}; [ "$1" != timeout ] || {str(mounts).lower()}; }}; '
+        done = subprocess.run(["bash", "-c", sudo + command], capture_output=True, text=True, check=True)
+        assert ("compiles by itself" in done.stdout) is not mounts
+        asked = log.read_text().splitlines()
+        assert asked[0] == "install --directory --owner=1000 --group=1000 /mnt/compiled"
+        assert ("chown 1000:1000 /mnt/compiled" in asked) is mounts
 
 
 def test_the_image_sets_nothing_otherwise_than_the_jobs_do() -> None:
@@ -323,7 +340,9 @@ def test_ray_up_accepts_the_aws_file() -> None:
 
 def test_every_aws_node_may_pull_the_private_image() -> None:
     config = yaml.safe_load((INFRA / "aws/cluster.yaml").read_text())
-    (login,) = config["initialization_commands"]  # run on the node itself, before its container is started
+    (login,) = [
+        each for each in config["initialization_commands"] if "docker login" in each
+    ]  # run on the node itself, before its container is started
     registry = config["docker"]["image"].partition("/")[0]
     assert re.search(rf"docker login .*--password-stdin {re.escape(registry)}$", login.strip())
     assert f"--region {config['provider']['region']} " in login

@@ -199,15 +199,16 @@ inline float load(const uint16_t* at) {
 
 // out[row][output] = sum over inputs of x[row][input] * panels[input][output], inputs in order, for ROWS rows and
 // PANELS panels. These are so few that the sums stay in registers, and so many that they hide the latency of an
-// addition. The weights that lie `ahead` are fetched from memory meanwhile.
+// addition. The weights that lie `ahead` are fetched from memory meanwhile. An input's outputs of a panel lie
+// `input_stride` behind those of the input before.
 template <int ROWS, int PANELS, class T>
-void multiply_tile(const T* panels, long panel_stride, int inputs, const float* x, long x_stride, float* out,
-                   long out_stride, long ahead) {
+void multiply_tile(const T* panels, long panel_stride, long input_stride, int inputs, const float* x, long x_stride,
+                   float* out, long out_stride, long ahead) {
     Floats sums[ROWS][PANELS][2] = {};
     for (int input = 0; input < inputs; ++input)
         for (int panel = 0; panel < PANELS; ++panel) {
             Floats first, second;
-            const T* at = panels + panel * panel_stride + (long)input * PANEL;
+            const T* at = panels + panel * panel_stride + input * input_stride;
             read_panel(at, first, second);
             __builtin_prefetch(at + ahead, 0, 2);
             for (int row = 0; row < ROWS; ++row) {
@@ -225,8 +226,8 @@ void multiply_tile(const T* panels, long panel_stride, int inputs, const float* 
 // The same for rows of bfloat16, whole tiles of weights (`Layout`), and pairs of inputs: a register holds 16 outputs of
 // one pair.
 template <int ROWS, int PANELS>
-void multiply_tile(const uint16_t* panels, long panel_stride, int inputs, const uint16_t* x, long x_stride, float* out,
-                   long out_stride, long ahead) {
+void multiply_tile(const uint16_t* panels, long panel_stride, long, int inputs, const uint16_t* x, long x_stride,
+                   float* out, long out_stride, long ahead) {
     constexpr int PAIRS_IN_TILE = PANEL / 2;
     __m512 sums[ROWS][PANELS][2] = {};
     const auto fetch = [&](int input, int pair, int panel, int half) {
@@ -267,18 +268,19 @@ void multiply_tile(const uint16_t* panels, long panel_stride, int inputs, const 
 #endif
 
 template <int ROWS, int PANELS, class T, class X>
-void multiply_rows(int rows, const T* panels, long panel_stride, int inputs, const X* x, long x_stride, float* out,
-                   long out_stride, long ahead) {
+void multiply_rows(int rows, const T* panels, long panel_stride, long input_stride, int inputs, const X* x,
+                   long x_stride, float* out, long out_stride, long ahead) {
     if (rows == ROWS)
-        multiply_tile<ROWS, PANELS>(panels, panel_stride, inputs, x, x_stride, out, out_stride, ahead);
+        multiply_tile<ROWS, PANELS>(panels, panel_stride, input_stride, inputs, x, x_stride, out, out_stride, ahead);
     else if constexpr (ROWS > 1)
-        multiply_rows<ROWS - 1, PANELS>(rows, panels, panel_stride, inputs, x, x_stride, out, out_stride, ahead);
+        multiply_rows<ROWS - 1, PANELS>(rows, panels, panel_stride, input_stride, inputs, x, x_stride, out, out_stride,
+                                        ahead);
 }
 
-// The same for any number of rows and panels, in tiles of about equal height; low tiles are two panels wide.
+// The same for any number of rows and panels, in tiles of about equal height; low tiles are two or four panels wide.
 template <class T, class X>
 void multiply(int rows, int num_panels, const T* panels, long panel_stride, int inputs, const X* x, long x_stride,
-              float* out, long out_stride, long ahead) {
+              float* out, long out_stride, long ahead, long input_stride = PANEL) {
     const int tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
     for (int tile = 0, row = 0; tile < tiles; ++tile) {
         const int height = (rows - row + tiles - tile - 1) / (tiles - tile);
@@ -286,10 +288,11 @@ void multiply(int rows, int num_panels, const T* panels, long panel_stride, int 
         const auto go = [&](auto width) {
             constexpr int PANELS = decltype(width)::value, MOST = PANELS > 1 ? FEW_ROWS / PANELS : MAX_ROWS;
             for (; height <= MOST && panel + PANELS <= num_panels; panel += PANELS)
-                multiply_rows<MOST, PANELS>(height, panels + panel * panel_stride, panel_stride, inputs,
+                multiply_rows<MOST, PANELS>(height, panels + panel * panel_stride, panel_stride, input_stride, inputs,
                                             x + row * x_stride, x_stride, out + row * out_stride + panel * PANEL,
                                             out_stride, ahead);
         };
+        go(std::integral_constant<int, 4>());
         go(std::integral_constant<int, 2>());
         go(std::integral_constant<int, 1>());
         row += height;
@@ -498,7 +501,9 @@ struct Model {
     const Layer* layers;
     Norm norm;
     Linear head;
-    void *keys, *values;  // [layer][slot][head], then panels over positions (keys) and over channels (values)
+    // Keys [layer][slot][head][position / PANEL][channel][PANEL], values [layer][slot][head][position][channel]: of one
+    // text either lies in one piece, and values with their channels in whole panels.
+    void *keys, *values;
 };
 
 struct Batch {
@@ -536,6 +541,7 @@ struct Buffers {  // one line per row; scores: per thread
     float *x, *normed, *qkv, *mixed, *hidden, *scores;
     uint16_t* split;  // two lines per row
     bool rounds;      // whether `split` holds one rounded line per row, for products of pairs
+    bool has_prompts;  // whether some slot has several rows
     long width_stride, qkv_stride, mixed_stride, hidden_stride, scores_stride, scores_size, split_stride;
 };
 
@@ -625,46 +631,54 @@ template <class C>
 void attend(Crew& crew, const Model& model, int layer, const Batch& batch, const Buffers& b) {
     const int group = model.heads / model.kv_heads, dim = model.head_dim, dim_padded = (int)round_up(dim);
     const long key_size = (long)round_up(model.context) * dim, value_size = (long)model.context * dim_padded;
+    const int *slots = batch.slots;
     C* const all_keys = (C*)model.keys + (long)layer * model.slots * model.kv_heads * key_size;
     C* const all_values = (C*)model.values + (long)layer * model.slots * model.kv_heads * value_size;
     const auto keys_of = [&](int row, int head) {
-        return all_keys + ((long)batch.slots[row] * model.kv_heads + head) * key_size;
+        return all_keys + ((long)slots[row] * model.kv_heads + head) * key_size;
     };
     const auto values_of = [&](int row, int head) {
-        return all_values + ((long)batch.slots[row] * model.kv_heads + head) * value_size;
+        return all_values + ((long)slots[row] * model.kv_heads + head) * value_size;
     };
 
-    // Each row's keys and values go into its slot before any row looks at them. The rows of a prompt write beside
+    // Turn a row's queries and its key by their position, and put key and value into the row's slot.
+    const auto store = [&](int row, int head) {
+        const int position = batch.positions[row];
+        float* const queries = b.qkv + row * b.qkv_stride + head * group * dim;
+        float* const key = b.qkv + row * b.qkv_stride + (model.heads + head) * dim;
+        const float* value = key + model.kv_heads * dim;
+        C* const keys = keys_of(row, head) + (long)(position / PANEL) * dim * PANEL + position % PANEL;
+        C* const values = values_of(row, head) + (long)position * dim_padded;
+        if (model.modern) {
+            const float *cosines = model.cosines + (long)position * dim, *sines = model.sines + (long)position * dim;
+            const auto place = [&](float* x, const Norm& norm) {
+                if (norm.weight) normalise(x, dim, norm.weight, nullptr, model.epsilon, x);
+                rotate(x, dim, cosines, sines);
+            };
+            for (int h = 0; h < group; ++h) place(queries + h * dim, model.layers[layer].query_norm);
+            place(key, model.layers[layer].key_norm);
+        }
+        for (int d = 0; d < dim; d += LANES) {
+            C parts[2][LANES];
+            write_cache(parts[0], read<Floats>(key + d));
+            write_cache(parts[1], read<Floats>(value + d));
+            const int count = std::min(LANES, dim - d);
+            for (int lane = 0; lane < count; ++lane) keys[(d + lane) * PANEL] = parts[0][lane];
+            std::memcpy(values + d, parts[1], count * sizeof(C));
+        }
+    };
+    // Whether a row is the only one of its slot: nobody else looks at what it stores.
+    const auto is_alone = [&](int row) {
+        return (row == 0 || slots[row - 1] != slots[row]) && (row + 1 == batch.rows || slots[row + 1] != slots[row]);
+    };
+
+    // Keys and values of a slot's rows go into it before any of them looks at them. The rows of a prompt write beside
     // each other, so one thread takes several: two would take the same lines of memory from one another.
-    const int blocks = (batch.rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    const int blocks = b.has_prompts ? (batch.rows + BLOCK_ROWS - 1) / BLOCK_ROWS : 0;
     crew.share(blocks * model.kv_heads, [&](int item, int) {
         const int head = item % model.kv_heads, begin = item / model.kv_heads * BLOCK_ROWS;
-        for (int row = begin; row < std::min(begin + BLOCK_ROWS, batch.rows); ++row) {
-            const int position = batch.positions[row];
-            float* const queries = b.qkv + row * b.qkv_stride + head * group * dim;
-            float* const key = b.qkv + row * b.qkv_stride + (model.heads + head) * dim;
-            const float* value = key + model.kv_heads * dim;
-            C* const keys = keys_of(row, head) + (long)(position / PANEL) * dim * PANEL + position % PANEL;
-            C* const values = values_of(row, head) + (long)position * PANEL;
-            if (model.modern) {
-                const float *cosines = model.cosines + (long)position * dim, *sines = model.sines + (long)position * dim;
-                const auto place = [&](float* x, const Norm& norm) {
-                    if (norm.weight) normalise(x, dim, norm.weight, nullptr, model.epsilon, x);
-                    rotate(x, dim, cosines, sines);
-                };
-                for (int h = 0; h < group; ++h) place(queries + h * dim, model.layers[layer].query_norm);
-                place(key, model.layers[layer].key_norm);
-            }
-            for (int d = 0; d < dim; d += LANES) {
-                C parts[2][LANES];
-                write_cache(parts[0], read<Floats>(key + d));
-                write_cache(parts[1], read<Floats>(value + d));
-                const int count = std::min(LANES, dim - d);
-                for (int lane = 0; lane < count; ++lane) keys[(d + lane) * PANEL] = parts[0][lane];
-                std::memcpy(values + (long)(d / PANEL) * model.context * PANEL + d % PANEL, parts[1],
-                            count * sizeof(C));
-            }
-        }
+        for (int row = begin; row < std::min(begin + BLOCK_ROWS, batch.rows); ++row)
+            if (!is_alone(row)) store(row, head);
     });
 
     const float scale = 1 / std::sqrt((float)dim);
@@ -673,6 +687,7 @@ void attend(Crew& crew, const Model& model, int layer, const Batch& batch, const
         float* const mixed = scores + group * b.scores_stride;
         const int row = item / model.kv_heads, head = item % model.kv_heads;
         const int length = batch.positions[row] + 1;
+        if (is_alone(row)) store(row, head);
         const float* queries = b.qkv + row * b.qkv_stride + head * group * dim;
         const C *keys = keys_of(row, head), *values = values_of(row, head);
         const int next = std::min(item + crew.threads(), batch.rows * model.kv_heads - 1);  // this thread's, likely
@@ -681,8 +696,8 @@ void attend(Crew& crew, const Model& model, int layer, const Batch& batch, const
         multiply(group, (length + PANEL - 1) / PANEL, keys, (long)dim * PANEL, dim, queries, dim, scores,
                  b.scores_stride, keys_ahead);
         for (int h = 0; h < group; ++h) softmax(scores + h * b.scores_stride, length, scale);
-        multiply(group, dim_padded / PANEL, values, (long)model.context * PANEL, length, scores, b.scores_stride, mixed,
-                 dim_padded, values_ahead);
+        multiply(group, dim_padded / PANEL, values, PANEL, length, scores, b.scores_stride, mixed, dim_padded,
+                 values_ahead, dim_padded);
         for (int h = 0; h < group; ++h) {
             const int at = (head * group + h) * dim;
             if (b.rounds) {
@@ -732,6 +747,7 @@ template <class W, class C> void run(Crew& crew, const Model& model, const Batch
     Buffers b;
     lay_out(model, batch.rows, batch.threads, batch.workspace, &b);
     const int rows = batch.rows, width = model.width;
+    b.has_prompts = std::adjacent_find(batch.slots, batch.slots + rows) != batch.slots + rows;
     crew.share(rows, [&](int row, int) {
         for (int i = 0; i < width; ++i) {
             float value = load((const C*)model.embedding + (long)batch.tokens[row] * width + i);

@@ -242,10 +242,11 @@ class KernelRunner:
         self._tensors: list[Tensor] = []  # whose memory the structs point to
         self._weight_bytes = 0
         head_dim = config.channels_per_head
-        panels = -(-config.context_length // self._panel), -(-head_dim // self._panel)
         slots = (config.num_layers, num_slots, config.kv_heads)
-        self.keys = self._memory.zeros((*slots, panels[0], head_dim, self._panel), self.cache_dtype)
-        self.values = self._memory.zeros((*slots, panels[1], config.context_length, self._panel), self.cache_dtype)
+        panels = -(-config.context_length // self._panel)
+        channels = -(-head_dim // self._panel) * self._panel
+        self.keys = self._memory.zeros((*slots, panels, head_dim, self._panel), self.cache_dtype)
+        self.values = self._memory.zeros((*slots, config.context_length, channels), self.cache_dtype)
         layers = (_Layer * config.num_layers)(*map(self._layer, model.blocks))
         position_embedding = model.position_embedding
         self._model = _Model(
@@ -303,7 +304,7 @@ class KernelRunner:
     def copy(self, source: int, target: int, num_tokens: int) -> None:
         panels = -(-num_tokens // self._panel)
         self.keys[:, target, :, :panels] = self.keys[:, source, :, :panels]
-        self.values[:, target, :, :, :num_tokens] = self.values[:, source, :, :, :num_tokens]
+        self.values[:, target, :, :num_tokens] = self.values[:, source, :, :num_tokens]
 
     def clear(self, slot: int) -> None:
         """Do nothing: a row reads only the positions up to its own, and its own text has written all of those."""

@@ -4,6 +4,7 @@ The rule is that of `transformers` with its defaults (length_penalty=1, early_st
 its summed log-probability per token, and the search ends when no running beam can beat the worst text kept.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -98,8 +99,11 @@ class Beams:
         """Return nothing: `advance` chooses, from all beams' logits together."""
         return []
 
-    def advance(self, logits: Tensor, chosen: list[int]) -> Advance:
+    def advance(self, logits: Callable[[], Tensor], chosen: list[int]) -> Advance:
         """Extend the beams by one token, given logits [beams, V]; says which slots have to be copied."""
+        return self._extend(logits())
+
+    def _extend(self, logits: Tensor) -> Advance:
         settings = self.settings
         width, vocabulary = settings.num_beams, logits.shape[-1]
         scores = logits.float().log_softmax(-1)

@@ -14,7 +14,6 @@ import logging
 import secrets
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from model.beams import Beams
 from model.cores import count_cores
 from model.gpt import GPT
 from model.runner import WEIGHTS, Runner, TorchRunner, cache_bytes_per_token, compute_dtype
-from model.sampling import SamplingSettings, TokenLogprob, are_numbers, draw_tokens
+from model.sampling import Draw, SamplingSettings, TokenLogprob, draw_tokens
 from model.scheduler import QueueFull, Scheduled, Scheduler, SequenceGroup, Task
 from model.sequence import Chunk, FinishReason, GenerationRequest, Sequence
 from model.settings import require
@@ -78,13 +77,25 @@ def sizes_of(device: str) -> Sizes:
     return SIZES.get(device, SIZES["cpu"])
 
 
-@dataclass(frozen=True)
+@dataclass
+class Pass:
+    """What one pass of the model gave: logits [rows, V], and each row's best token or -1, as the runner tells them."""
+
+    logits: Tensor
+    best: list[int]
+
+
+@dataclass
 class Ready:
-    """A task whose next tokens can be chosen, and the logits [rows, V] to choose them from."""
+    """A task whose next tokens can be chosen, and the rows of a pass to choose them from."""
 
     group: SequenceGroup
     task: Task
-    logits: Tensor
+    ran: Pass
+    rows: range
+
+    def logits(self) -> Tensor:
+        return self.ran.logits[self.rows.start : self.rows.stop]
 
 
 class Engine:
@@ -98,6 +109,7 @@ class Engine:
             f"The tokenizer has {tokenizer.vocab_size} tokens and the model {model.vocab_size}; they do not match.",
         )
         self.runner = build_runner(model, self.settings)
+        self.runner.vocab_size = tokenizer.vocab_size  # a model may have rows for more: its makers liked a round number
         self.max_draft_tokens = self.runner.max_draft_tokens
         self.cache_bytes_per_token = cache_bytes_per_token(model.config, self.runner.cache_dtype)
         self.scheduler = Scheduler(
@@ -178,9 +190,7 @@ class Engine:
         if not scheduled:
             return []
         try:
-            # A model may have rows for more tokens than there are: its makers liked a round number.
-            logits = self.runner.run([item for one in scheduled for item in one.work])[:, : self.vocab_size]
-            healthy = are_numbers(logits)
+            ran = Pass(self.runner.run([item for one in scheduled for item in one.work]), self.runner.best_tokens())
         except Exception as error:
             if len(scheduled) > 1:
                 # Running again alone is harmless (it writes the same keys and values) and finds whose fault it was.
@@ -188,39 +198,39 @@ class Engine:
             return self._fail(scheduled[0].group, "The model", error)
         chunks: list[Chunk] = []
         ready: list[Ready] = []
-        first = 0
+        stop = 0
         for one in scheduled:
-            rows = slice(first, first + sum(item.num_logits for item in one.work))
-            first = rows.stop
+            rows = range(stop, stop := stop + sum([item.num_logits for item in one.work]))
             if one.group.ended:
                 continue
-            if not all(healthy[rows]):
+            if -1 in ran.best[rows.start : rows.stop]:
                 chunks += self._end(one.group, "error", "The model's output is not a number.")
                 continue
             try:
-                ready += self._read(one, logits[rows])
+                ready += self._read(one, ran, rows)
             except Exception as error:
                 chunks += self._fail(one.group, "Reading the prompt", error)
         return chunks + self._sample(ready)
 
-    def _read(self, scheduled: Scheduled, logits: Tensor) -> list[Ready]:
-        """Note what of a prompt has run; return the tasks that have logits [rows, V] to choose tokens from."""
+    def _read(self, scheduled: Scheduled, ran: Pass, rows: range) -> list[Ready]:
+        """Note what of a prompt has run; return the tasks that have rows of logits to choose tokens from."""
         group, task = scheduled.group, scheduled.task
         if not task.in_prompt:
-            return [Ready(group, task, logits)]
+            return [Ready(group, task, ran, rows)]
         [item] = scheduled.work
-        task.read_prompt(len(item.tokens), logits)
+        task.read_prompt(len(item.tokens), ran.logits[rows.start : rows.stop])
         self._totals["prompt_tokens"] += len(item.tokens)
         if task.in_prompt:
             return []
         group.prompt_reader = None
         self._totals["reused_tokens"] += task.reused_tokens
-        ready = [Ready(group, task, logits[-1:])]
+        last = rows[-1:]
+        ready = [Ready(group, task, ran, last)]
         for other in group.tasks:
             if other.slots and other.in_prompt:  # it waited for this prompt
                 self.runner.copy(task.slots[0], other.slots[0], len(group.request.prompt_tokens))
                 other.share_prompt(task)
-                ready.append(Ready(group, other, logits[-1:]))
+                ready.append(Ready(group, other, ran, last))
         return ready
 
     def _sample(self, ready: list[Ready]) -> list[Chunk]:
@@ -229,19 +239,14 @@ class Engine:
         if not ready:
             return []
         try:
-            draws = [one.task.draws() for one in ready]
-            rows = [one.logits for one, wanted in zip(ready, draws, strict=True) if wanted]
-            wanted_draws = [draw for wanted in draws for draw in wanted]
-            # A copy of the logits, because log-probabilities are told from the model's own.
-            chosen = iter(draw_tokens(torch.cat(rows), wanted_draws) if rows else [])
+            chosen = self._choose(ready)
         except Exception as error:
             if len(ready) > 1:
                 # Nothing was taken yet, and choosing again gives the same tokens: alone, so only one can fail.
                 return [chunk for one in ready for chunk in self._sample([one])]
             return self._fail(ready[0].group, "Choosing a token", error)
         chunks: list[Chunk] = []
-        for one, wanted in zip(ready, draws, strict=True):
-            tokens = list(islice(chosen, len(wanted)))
+        for one, tokens in zip(ready, chosen, strict=True):
             if one.group.ended:
                 continue
             try:
@@ -250,10 +255,32 @@ class Engine:
                 chunks += self._fail(one.group, "Taking a token", error)
         return chunks
 
+    def _choose(self, ready: list[Ready]) -> list[list[int]]:
+        """Choose a token for each draw of each task; those whose settings want no more take the pass's best."""
+        chosen: list[list[int]] = []
+        places: list[tuple[list[int], int]] = []  # where the tokens go that are drawn
+        rows: list[int] = []
+        drawn: list[Draw] = []
+        for one in ready:
+            tokens: list[int] = []
+            for row, draw in zip(one.rows, one.task.draws(), strict=False):  # beams draw nothing
+                best, settings = one.ran.best[row], draw.settings
+                if not settings.takes_best or best in settings.logit_bias:
+                    places.append((tokens, len(tokens)))
+                    rows.append(row)
+                    drawn.append(draw)
+                tokens.append(best)
+            chosen.append(tokens)
+        if drawn:
+            # A copy of the logits, because log-probabilities are told from the model's own.
+            for (tokens, place), token in zip(places, draw_tokens(ready[0].ran.logits[rows], drawn), strict=True):
+                tokens[place] = token
+        return chosen
+
     def _take(self, ready: Ready, tokens: list[int]) -> list[Chunk]:
         """Give a task its tokens, and return what of its request can be shown now."""
         group, task = ready.group, ready.task
-        advance = task.advance(ready.logits, tokens)
+        advance = task.advance(ready.logits, tokens)  # which reads them only where it has to
         for source, target, num_tokens in advance.copies:
             self.runner.copy(source, target, num_tokens)
         self._totals["generated_tokens"] += advance.generated

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.gpt import GPT, KVCache, ModelConfig
+from model.sampling import find_best
 from model.sequence import Work
 
 # While one engine serves, the next version's engine records its graph on the same GPU. Steps and recordings take turns:
@@ -40,9 +41,13 @@ class Runner(Protocol):
     # Whether a token gets the same bits alone, in any chunk of a prompt and as a draft: then a prompt may go on from
     # any token that a slot holds. Elsewhere it has to be cut into the same chunks.
     has_independent_rows: bool
+    vocab_size: int  # so many logits a row: a model may have more rows than there are tokens
 
     def run(self, work: list[Work]) -> Tensor:
         """Run the work and return the logits [rows, V] that it wants, in order, in float32."""
+
+    def best_tokens(self) -> list[int]:
+        """Return the first place of the largest logit of each row of the last `run`; -1 as `find_best` has it."""
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the keys and values of the first tokens of one slot to another."""
@@ -123,6 +128,7 @@ class TorchRunner:
         self.model = with_weights(model, weights).eval()
         self.weights = weights
         self.num_slots = num_slots
+        self.vocab_size = model.vocab_size
         self.device = model.embedding.weight.device
         self.batches_slots = self.device.type == "cuda"
         self.max_draft_tokens = max_draft_tokens if self.batches_slots else 0
@@ -130,6 +136,7 @@ class TorchRunner:
         self.cache: KVCache = self.model.new_cache(num_slots)
         self.cache_dtype = self.cache.keys.dtype
         self.turn: AbstractContextManager[Any] = DEVICE_TURN if self.device.type == "cuda" else nullcontext()
+        self._ran = torch.empty(0, 0)  # the logits of the last pass
         self._graph: torch.cuda.CUDAGraph | None = None
         if use_graph and self.device.type == "cuda":
             self._capture()
@@ -142,7 +149,11 @@ class TorchRunner:
         with self.turn:
             batched = self._run_slots(short) if short else {}
             rows = [batched[item.slot] if item.slot in batched else self._run_chunk(item) for item in work]
-            return torch.cat(rows).float()
+            self._ran = torch.cat(rows)[:, : self.vocab_size].float()
+            return self._ran
+
+    def best_tokens(self) -> list[int]:
+        return find_best(self._ran)
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, num_tokens: int) -> None:

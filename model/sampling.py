@@ -103,20 +103,25 @@ class SamplingSettings:
         """How many texts are generated to answer with n."""
         return max(self.n, self.best_of)
 
-    @property
+    @cached_property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is taken; so small a temperature would leave nothing to any other."""
         return self.temperature < GREEDY_BELOW
 
+    @cached_property
+    def counts_tokens(self) -> bool:
+        """Whether logits depend on which tokens were there before."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
     @property
     def adjusts_logits(self) -> bool:
         """Whether the logits are changed before they are divided by the temperature."""
-        return (
-            self.repetition_penalty != 1
-            or self.presence_penalty != 0
-            or self.frequency_penalty != 0
-            or bool(self.logit_bias)
-        )
+        return self.counts_tokens or bool(self.logit_bias)
+
+    @cached_property
+    def takes_best(self) -> bool:
+        """Whether the token of the largest logit is taken, wherever `logit_bias` does not name it."""
+        return self.is_greedy and not self.counts_tokens and all(bias <= 0 for bias in self.logit_bias.values())
 
     @cached_property
     def bias(self) -> tuple[Tensor, Tensor]:
@@ -140,7 +145,7 @@ class Draw:
     settings: SamplingSettings
     uniform: float
     prompt: Sequence[int]
-    generated: Sequence[int]
+    generated: Sequence[int]  # nothing, where the settings do not count tokens
 
 
 def draw_tokens(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
@@ -157,11 +162,15 @@ def uniform(seed: int, candidate: int, position: int) -> float:
     return int.from_bytes(digest, "little") / 2**48
 
 
-def are_numbers(logits: Tensor) -> list[bool]:
-    """Tell for each row of logits [N, V] whether something can be chosen from it: no NaN, and a finite maximum."""
-    # numpy, as in `choose`: it needs no second thread.
-    highest = logits.float().numpy().max(-1) if logits.device.type == "cpu" else logits.amax(-1)
-    return [math.isfinite(value) for value in highest.tolist()]
+def find_best(logits: Tensor) -> list[int]:
+    """Return the first place of the largest of each row of logits [N, V].
+
+    -1 where nothing can be chosen: there is a NaN, or no finite maximum.
+    """
+    # On a CPU numpy takes a tenth of the time of torch; both take the first of equals, and NaN as the largest.
+    places = torch.from_numpy(logits.float().numpy().argmax(-1)) if logits.device.type == "cpu" else logits.argmax(-1)
+    highest = logits.gather(-1, places[:, None]).squeeze(-1).tolist()
+    return [place if math.isfinite(value) else -1 for place, value in zip(places.tolist(), highest, strict=True)]
 
 
 def penalize(logits: Tensor, settings: SamplingSettings, prompt: Sequence[int], generated: Sequence[int]) -> None:

@@ -15,6 +15,7 @@ text (`Sequence`) or all beams of a search (`Beams`).
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -82,8 +83,8 @@ class Task(Protocol):
     def draws(self) -> list[Draw]:
         """Return what decides each token that is to be chosen now; none where the task chooses by itself."""
 
-    def advance(self, logits: Tensor, chosen: list[int]) -> Advance:
-        """Go on, given the logits [rows, V] of the work and the tokens chosen for `draws`."""
+    def advance(self, logits: Callable[[], Tensor], chosen: list[int]) -> Advance:
+        """Go on, given what reads the logits [rows, V] of the work, and the tokens chosen for `draws`."""
 
     def take_chunks(self, index: int) -> list[Chunk]:
         """Return what can be shown since the last call, as answer number `index`."""

@@ -5,6 +5,7 @@ A `Sequence` knows nothing of the others. It says what to run next (`next_work`)
 """
 
 import codecs
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -80,6 +81,9 @@ class TextStream:
         """Take the bytes of a token and return the text that is certain now."""
         text = self._decoder.decode(data, final)
         self.decoded += len(text)
+        if not self.stop:
+            self.released += len(text)
+            return text
         self._held += text
         found = [at for at in (self._held.find(stop) for stop in self.stop) if at >= 0]
         if found:
@@ -174,7 +178,7 @@ class Sequence:
             num_logits = len(chunk) if self.wants_prompt_logprobs else int(end == len(self.tokens))
         else:
             room = self.settings.max_tokens - (len(self.tokens) - self.prompt_length) - 1
-            self.draft = look_up(self.tokens, min(self.max_draft_tokens, room))
+            self.draft = look_up(self.tokens, min(self.max_draft_tokens, room)) if self.max_draft_tokens else []
             num_logits = len(chunk) + len(self.draft)
         return [Work(self.slots[0], self.num_cached, chunk + self.draft, num_logits)]
 
@@ -207,22 +211,22 @@ class Sequence:
 
     def draws(self) -> list[Draw]:
         """Return what decides the next token, and the one after each drafted token."""
-        is_random = not self.settings.is_greedy
+        settings, prompt = self.settings, self.request.prompt_tokens
         return [
             Draw(
-                self.settings,
-                uniform(self.seed, self.candidate, len(self.tokens) + place) if is_random else 0.0,
-                self.request.prompt_tokens,
-                self.generated + self.draft[:place],
+                settings,
+                0.0 if settings.is_greedy else uniform(self.seed, self.candidate, len(self.tokens) + place),
+                prompt,
+                self.generated + self.draft[:place] if settings.counts_tokens else (),
             )
             for place in range(1 + len(self.draft))
         ]
 
-    def advance(self, logits: Tensor, chosen: list[int]) -> Advance:
+    def advance(self, logits: Callable[[], Tensor], chosen: list[int]) -> Advance:
         """Take the tokens chosen for `draws` from logits [rows, V]."""
         logprobs = None
         if self.settings.logprobs is not None or self.settings.num_candidates > self.settings.n:
-            logprobs = token_logprobs(logits, chosen, self.settings.logprobs or 0)
+            logprobs = token_logprobs(logits(), chosen, self.settings.logprobs or 0)
         before, drafted = len(self.tokens), len(self.draft)
         self.accept(chosen, logprobs)
         return Advance(len(self.tokens) - before, drafted)

@@ -507,10 +507,11 @@ struct Model {
 };
 
 struct Batch {
-    int32_t rows, num_logits, threads;
+    int32_t rows, num_logits, threads, vocabulary;
     const int32_t *tokens, *slots, *positions, *logit_rows;
     float* workspace;  // `workspace_floats` of them
     float* logits;     // [num_logits][head.outputs]
+    int32_t* best;     // the first place of each row's largest logit, within the vocabulary; -1: `find_best`
 };
 
 int32_t panel_width() { return PANEL; }
@@ -742,6 +743,34 @@ static void normalise_rows(Crew& crew, const Model& model, const Norm& norm, int
     crew.share(rows, [&](int row, int) { normalise_row(model, norm, row, row, b); });
 }
 
+// The first place of the largest of `n` logits; -1 where one is not a number, or the largest is not finite.
+static int32_t find_best(const float* logits, int n) {
+    constexpr int BLOCK = 16 * LANES;
+    float highest = -INFINITY;
+    int begin_of_best = 0;
+    Ints poison = {};
+    for (int begin = 0; begin < n; begin += BLOCK) {
+        const int end = std::min(begin + BLOCK, n);
+        Floats high = Floats{} - INFINITY;
+        int i = begin;
+        for (; i + LANES <= end; i += LANES) {
+            const Floats part = read<Floats>(logits + i);
+            high = part > high ? part : high;
+            poison |= part != part;
+        }
+        float highest_here = *std::max_element((float*)&high, (float*)&high + LANES);
+        for (; i < end; ++i) {
+            if (std::isnan(logits[i])) return -1;
+            highest_here = std::max(highest_here, logits[i]);
+        }
+        if (highest_here > highest) highest = highest_here, begin_of_best = begin;
+    }
+    for (int lane = 0; lane < LANES; ++lane)
+        if (poison[lane]) return -1;
+    if (!std::isfinite(highest)) return -1;
+    return std::find(logits + begin_of_best, logits + n, highest) - logits;
+}
+
 // W: type of the weights, C: of the cache and the embeddings.
 template <class W, class C> void run(Crew& crew, const Model& model, const Batch& batch) {
     Buffers b;
@@ -770,6 +799,9 @@ template <class W, class C> void run(Crew& crew, const Model& model, const Batch
     crew.share(batch.num_logits, [&](int i, int) { normalise_row(model, model.norm, batch.logit_rows[i], i, b); });
     apply<W>(crew, model, b, model.head, batch.num_logits, b.normed, b.width_stride, batch.logits, model.head.outputs,
              false);
+    crew.share(batch.num_logits, [&](int i, int) {
+        batch.best[i] = find_best(batch.logits + (long)i * model.head.outputs, batch.vocabulary);
+    });
 }
 
 // One crew per process and one pass at a time: more would only share the same cores. It is never freed, because its

@@ -141,8 +141,11 @@ class _Model(ctypes.Structure):
 
 class _Batch(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("rows", "num_logits", "threads")),
-        *((name, ctypes.c_void_p) for name in ("tokens", "slots", "positions", "logit_rows", "workspace", "logits")),
+        *((name, ctypes.c_int32) for name in ("rows", "num_logits", "threads", "vocabulary")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("tokens", "slots", "positions", "logit_rows", "workspace", "logits", "best")
+        ),
     ]
 
 
@@ -274,6 +277,7 @@ class KernelRunner:
             values=self.values.data_ptr(),
         )
         self._workspace = torch.empty(0)
+        self._best: Any = ()  # of the last pass, one for each row of logits
 
     def run(self, work: list[Work]) -> Tensor:
         tokens: list[int] = []
@@ -288,18 +292,26 @@ class KernelRunner:
         needed = self._kernel.workspace_floats(ctypes.byref(self._model), len(tokens), self.threads)
         if len(self._workspace) < needed:
             self._workspace = torch.empty(needed)
-        inputs = [torch.tensor(values, dtype=torch.int32) for values in (tokens, slots, positions, logit_rows)]
+        # Arrays of ctypes: torch's operations give up Python's lock, and the engine's thread then waits for it.
+        integers = ctypes.c_int32 * len(tokens)
+        inputs = [integers(*tokens), integers(*slots), integers(*positions), integers(*logit_rows)]
         logits = torch.empty(len(logit_rows), self._model.head.outputs)
+        self._best = (ctypes.c_int32 * len(logit_rows))()
         batch = _Batch(
             len(tokens),
             len(logit_rows),
             self.threads,
-            *(tensor.data_ptr() for tensor in inputs),
+            self.vocab_size,
+            *(ctypes.addressof(each) for each in inputs),
             self._workspace.data_ptr(),
             logits.data_ptr(),
+            ctypes.addressof(self._best),
         )
         self._kernel.forward(ctypes.byref(self._model), ctypes.byref(batch))
         return logits[:, : self.vocab_size]
+
+    def best_tokens(self) -> list[int]:
+        return list(self._best)
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
         panels = -(-num_tokens // self._panel)

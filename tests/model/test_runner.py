@@ -1,5 +1,6 @@
 """What runs the model: the ways agree with one another, and each keeps its slots apart."""
 
+import math
 import mmap
 import sys
 import threading
@@ -242,6 +243,42 @@ def test_a_cuda_graph_gives_what_its_launches_one_by_one_give(shape: str) -> Non
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
     rows = [19, 29, *range(30, 35), 20]
     torch.testing.assert_close(found[0], expected[rows], atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "torch"])
+def test_a_runner_tells_the_first_of_each_rows_largest_logits(weights: str) -> None:
+    model = random_model("modern odd")
+    with torch.no_grad():
+        model.head.weight[250] = model.head.weight[40] = (
+            model.head.weight[40] * 3
+        )  # often the largest, and always equal
+    is_torch = weights == "torch"
+    runner = TorchRunner(model, 3, "float32", use_graph=False) if is_torch else kernel_runner(model, weights)
+    tokens, places = random_tokens(), set()
+    for vocabulary in (VOCABULARY, 256, 33, 7):
+        runner.vocab_size = vocabulary
+        logits = runner.run([Work(0, 0, tokens, 40), Work(1, 0, tokens[:3], 1)])
+        assert logits.shape == (41, vocabulary)
+        assert runner.best_tokens() == logits.float().numpy().argmax(-1).tolist()
+        places |= set(runner.best_tokens())
+    assert 40 in places
+    assert 250 not in places
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "torch"])
+def test_a_runner_tells_which_rows_are_no_numbers(weights: str) -> None:
+    for bad in (math.nan, math.inf):
+        model = random_model("modern")
+        with torch.no_grad():
+            model.head.weight[200] = bad
+        is_torch = weights == "torch"
+        runner = TorchRunner(model, 3, "float32", use_graph=False) if is_torch else kernel_runner(model, weights)
+        work = [Work(0, 0, random_tokens(5), 5)]
+        runner.run(work)
+        assert runner.best_tokens() == [-1] * 5
+        runner.vocab_size = 200
+        runner.run(work)
+        assert all(0 <= place < 200 for place in runner.best_tokens())
 
 
 def test_a_graph_is_recorded_for_its_own_thread_between_the_steps_of_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from model.sampling import (
     choose,
     draw_tokens,
     filter_logits,
+    find_best,
     penalize,
     token_logprobs,
     uniform,
@@ -130,6 +131,36 @@ def test_what_is_chosen_is_a_token_whatever_the_logits_and_settings(
     first, second = draw_tokens(torch.tensor([numbers, [0.0, 1, 2, 3, 2, 1, 0]]), [draw, others])
     assert first in range(7)
     assert second == draw_tokens(torch.tensor([[0.0, 1, 2, 3, 2, 1, 0]]), [others])[0]
+
+
+@given(
+    st.lists(st.integers(-3, 3), min_size=7, max_size=7),
+    st.dictionaries(st.integers(0, 6), st.floats(-100, 0)),
+)
+def test_the_best_token_is_the_greedy_choice_unless_a_bias_names_it(numbers: list[int], bias: dict[int, float]) -> None:
+    settings = SamplingSettings(temperature=0, logit_bias=bias)
+    assert settings.takes_best
+    logits = torch.tensor([numbers], dtype=torch.float32)
+    [best] = find_best(logits)
+    if best not in bias:
+        assert draw_tokens(logits, [Draw(settings, 0.5, [0], [])]) == [best]
+
+
+def test_who_counts_tokens_favours_one_or_draws_takes_more_than_the_best() -> None:
+    for settings in (
+        {"temperature": 1.0},
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": -0.1},
+        {"logit_bias": {3: 0.1}},
+    ):
+        assert not SamplingSettings(**{"temperature": 0.0} | settings).takes_best
+
+
+def test_nothing_is_best_without_numbers() -> None:
+    inf, nan = math.inf, math.nan
+    rows = [[1, 3, 3], [nan, 1, 2], [1, inf, 2], [-inf, -inf, -inf], [-inf, 0, -inf]]
+    assert find_best(torch.tensor(rows)) == [1, -1, -1, -1, 1]
 
 
 @pytest.mark.parametrize("penalty", [1e-300, 1e-40, 1e-20])

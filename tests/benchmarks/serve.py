@@ -8,7 +8,9 @@ busy moment of the machine falls on all of them; medians are reported.
 """
 
 import argparse
+import importlib.util
 import json
+import socket
 import statistics
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 
 from model.checkpoint import load_model, save_model
@@ -162,6 +165,29 @@ class LlamaCpp:
         return [tokens]
 
 
+class LlamaServer:
+    """The same by llama.cpp's own server, in the package xllamacpp, which comes as a wheel; one request a text."""
+
+    def __init__(self, model: GPT, path: Path, kind: str, threads: int) -> None:
+        import xllamacpp
+
+        write_gguf(model, path, kind)
+        settings = xllamacpp.CommonParams()
+        settings.model.path, settings.n_ctx, settings.n_parallel = str(path), 512, 1
+        settings.cpuparams.n_threads, settings.verbosity = threads, 0
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            settings.port = free.getsockname()[1]
+        self.server = xllamacpp.Server(settings)
+        self.client = httpx.Client(base_url=self.server.listening_address, timeout=60)
+
+    def generate(self, prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
+        [prompt], [length] = prompts, lengths
+        body = {"prompt": prompt, "n_predict": length, "ignore_eos": True, "cache_prompt": False}
+        greedy = {"samplers": ["top_k"], "top_k": 1, "return_tokens": True}
+        return [self.client.post("/completion", json=body | greedy).raise_for_status().json()["tokens"]]
+
+
 def write_gguf(model: GPT, path: Path, kind: str) -> None:
     """Write the weights under the names that llama.cpp has for Qwen3; norms in float32, as it wants them."""
     import gguf
@@ -179,7 +205,13 @@ def write_gguf(model: GPT, path: Path, kind: str) -> None:
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.epsilon)
     writer.add_vocab_size(model.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    # Tokens go in and come out as numbers, but llama.cpp's server wants names for them.
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list([f"t{number}" for number in range(model.vocab_size)])
+    writer.add_token_types([gguf.TokenType.NORMAL] * model.vocab_size)
+    writer.add_token_merges(["t 0"])
+    writer.add_eos_token_id(model.vocab_size - 1)
     matrix_type = gguf.GGMLQuantizationType[kind]
 
     def add(name: str, weight: torch.Tensor) -> None:
@@ -263,7 +295,8 @@ def main() -> None:
         llamas: dict[str, Any] = {}
         for kind in GGUF_TYPES:
             try:
-                llamas[f"llama.cpp {kind}"] = LlamaCpp(model, folder / f"{kind}.gguf", kind, arguments.threads)
+                way = LlamaCpp if importlib.util.find_spec("llama_cpp") else LlamaServer
+                llamas[f"llama.cpp {kind}"] = way(model, folder / f"{kind}.gguf", kind, arguments.threads)
             except ImportError as error:
                 missing["llama.cpp"] = str(error)
 

@@ -38,7 +38,10 @@ HAS_BFLOAT16_UNITS = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_
 # four layers of a 50M model: it is full early, and large enough to use the network's whole bandwidth.
 BUCKET_MEGABYTES = 25
 MAX_SHARES = 4  # of a micro-batch on a CPU: each share holds gradients of all weights
-ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}  # the environment in which a process that trains on a CPU should start
+# How a process that trains on a CPU should start: with one heap for all threads (`keep_freed_memory`), and
+# OpenMP's waiting for each other awake only briefly. By itself a thread looks 300,000 times whether the others are
+# done, which keeps whoever else wants the core from it, the thread it waits for among them.
+CPU_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "GOMP_SPINCOUNT": "1000"}
 
 
 class MicroBatch(Protocol):
@@ -367,7 +370,7 @@ def keep_freed_memory() -> None:
     Every step allocates the same gigabytes. If they come from the system each time, it clears every page first, which
     took 6 % of the step of a 53M model. All threads share one heap, because glibc always returns the free end of the
     other heaps: another 4 %, and 0.5 of 3.1 GB. A process that has several heaps already, as Ray's workers do, has to
-    be started with `ONE_HEAP`. Only glibc has these switches; with another C library nothing changes.
+    be started in `CPU_ENVIRONMENT`. Only glibc has these switches; with another C library nothing changes.
     """
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_TRIM_THRESHOLD, M_MMAP_MAX and M_ARENA_MAX of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

@@ -11,7 +11,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from model.training import ONE_HEAP
+from model.training import CPU_ENVIRONMENT
 from pipeline.training.line import FailureNotes, Line
 from pipeline.training.plan import TrainingPlan
 from pipeline.training.resize import SaveBeforeResize
@@ -60,7 +60,7 @@ def launch(plan: TrainingPlan, watch: Callable[[TrainingPlan, Any], None] | None
             storage_path=plan.output.url,
             failure_config=FailureConfig(max_failures=options.max_restarts),
             callbacks=[FailureNotes(line), SaveBeforeResize(line)],  # type: ignore[list-item]
-            worker_runtime_env=None if use_gpu else {"env_vars": ONE_HEAP},
+            worker_runtime_env=None if use_gpu else {"env_vars": CPU_ENVIRONMENT},
         ),
     )
     with Screen(None if options.minutes else options.steps) as screen:

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from model.gpt import GPT, flops_per_token
 from model.optimizer import build_optimizer
-from model.training import ONE_HEAP, autocast, choose_precision, parallelize, train_step
+from model.training import CPU_ENVIRONMENT, autocast, choose_precision, parallelize, train_step
 from pipeline.artifacts import MANIFEST
 from pipeline.config import Config, load_config
 from pipeline.corpus.stream import Batch
@@ -128,7 +128,7 @@ def make_products(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> l
 
 
 def measure_step(config: Config, rounds: int) -> tuple[dict[str, float], int, str]:
-    os.environ |= ONE_HEAP  # as the workers have it
+    os.environ |= CPU_ENVIRONMENT  # as the workers have it
     return run_ranks(take_apart, WORKERS, config, rounds)  # type: ignore[no-any-return]
 
 

@@ -1,13 +1,30 @@
 import io
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
 
+from pipeline.config import TrainConfig
 from pipeline.training import launch
 from pipeline.training.line import Line
 from pipeline.training.screen import Screen
+
+
+def test_workers_on_cpus_share_a_heap_and_wait_for_each_other_asleep(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(launch, "TorchTrainer", lambda *_, **settings: asked.append(settings["run_config"]))
+    monkeypatch.setattr(launch, "attend", lambda *_: {})
+    plan = SimpleNamespace(train=TrainConfig(num_workers=1), output=SimpleNamespace(url="here"))
+    for uses_gpu in (False, True):
+        monkeypatch.setattr(launch, "wants_gpu", lambda options, found=uses_gpu: found)
+        launch.launch(plan)  # type: ignore[arg-type]
+    on_cpu, on_gpu = asked
+    assert on_cpu.worker_runtime_env["env_vars"] == {"MALLOC_ARENA_MAX": "1", "GOMP_SPINCOUNT": "1000"}
+    assert not on_gpu.worker_runtime_env
 
 
 def test_workers_that_do_not_come_are_told_of(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,7 @@ def rest_seconds(
 
 
 # Of a step with graphs, counted: the copies to where each micro-batch's graph reads, and what lies between graphs.
-LAUNCHES_OF_A_GRAPH, LAUNCHES_BESIDE_GRAPHS = 6, 15
+LAUNCHES_OF_A_GRAPH, LAUNCHES_BESIDE_GRAPHS = 6, 10
 
 
 def launch_seconds(model: ModelConfig, micro_batches: int, graphs: bool = False) -> float:

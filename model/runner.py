@@ -44,7 +44,7 @@ class Runner(Protocol):
     vocab_size: int  # so many logits a row: a model may have more rows than there are tokens
 
     def run(self, work: list[Work]) -> Tensor:
-        """Run the work and return the logits [rows, V] that it wants, in order, in float32."""
+        """Run the work, of each slot one piece, and return the logits [rows, V] that it wants, in order, in float32."""
 
     def best_tokens(self) -> list[int]:
         """Return the first place of the largest logit of each row of the last `run`; -1 as `find_best` has it."""
@@ -136,7 +136,7 @@ class TorchRunner:
         self.cache: KVCache = self.model.new_cache(num_slots)
         self.cache_dtype = self.cache.keys.dtype
         self.turn: AbstractContextManager[Any] = DEVICE_TURN if self.device.type == "cuda" else nullcontext()
-        self._ran = torch.empty(0, 0)  # the logits of the last pass
+        self._best: list[int] = []  # of the last pass, one for each row of logits
         self._graph: torch.cuda.CUDAGraph | None = None
         if use_graph and self.device.type == "cuda":
             self._capture()
@@ -149,11 +149,12 @@ class TorchRunner:
         with self.turn:
             batched = self._run_slots(short) if short else {}
             rows = [batched[item.slot] if item.slot in batched else self._run_chunk(item) for item in work]
-            self._ran = torch.cat(rows)[:, : self.vocab_size].float()
-            return self._ran
+            logits = torch.cat(rows)[:, : self.vocab_size].float()
+        self._best = find_best(logits)
+        return logits
 
     def best_tokens(self) -> list[int]:
-        return find_best(self._ran)
+        return self._best
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, num_tokens: int) -> None:

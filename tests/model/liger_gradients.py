@@ -16,7 +16,8 @@ from triton.runtime import interpreter
 from model.gpt import GPT, ModelConfig
 from model.optimizer import OptimizerConfig, build_optimizer
 from model.training import autocast, parallelize, train_step
-from tests.model.test_compile import CountingBackend, Rows
+from tests.model.rows import Rows
+from tests.model.test_compile import CountingBackend
 
 # Fewer channels than a kernel's tile, and more; a length that is no multiple of anything.
 MODEL = ModelConfig(num_layers=2, width=96, num_heads=3, context_length=11, mlp_width=160)

@@ -1,7 +1,6 @@
 """What `torch.compile` makes of a training: one graph for all blocks, whatever the strategy, no second compiling."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,11 @@ from model.optimizer import OptimizerConfig, build_optimizer
 from model.scoring import score_batches
 from model.training import GraphedLoss, LossModule, compile_ahead, parallelize, train_step
 from tests.model.ranks import run_on_ranks
+from tests.model.rows import Rows
 
 # A block of 2 MB: DDP's first bucket, of 1 MB, would end within it.
 MODEL = ModelConfig(num_layers=3, width=256, num_heads=2, context_length=8, mlp_width=512)
 VOCABULARY = 70
-
-
-@dataclass
-class Rows:
-    tokens: Tensor
-    targets: Tensor
-    document_ids: Tensor | None = None
 
 
 class CountingBackend:

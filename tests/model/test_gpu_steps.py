@@ -1,7 +1,6 @@
 """What only GPUs run, as far as a CPU can say: a recorded step learns what an unrecorded one does."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,9 @@ from model.optimizer import Optimizer, OptimizerConfig, build_optimizer
 from model.training import GraphedLoss, LossModule, autocast, parallelize, train_step
 from pipeline.config import TrainConfig
 from tests.model.ranks import run_on_ranks
+from tests.model.rows import Rows
 
 VOCABULARY = 70
-
-
-@dataclass
-class Rows:
-    tokens: Tensor
-    targets: Tensor
-    document_ids: Tensor | None = None
 
 
 def batches(step: int) -> list[Rows]:

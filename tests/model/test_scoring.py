@@ -1,26 +1,18 @@
 """A loss becomes a score in one place: nats, tokens and bytes add up however the text is cut into batches."""
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from model.gpt import GPT, ModelConfig
 from model.scoring import bits_per_byte, score_batches
 from model.training import LossModule
+from tests.model.rows import Rows
 
 TINY = ModelConfig(num_layers=2, width=16, num_heads=2, context_length=8, mlp_width=32)
 BYTE_LENGTHS = np.arange(70)
-
-
-@dataclass
-class Rows:
-    tokens: Tensor
-    targets: Tensor
-    document_ids: Tensor | None = None
 
 
 @pytest.fixture

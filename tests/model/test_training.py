@@ -4,7 +4,7 @@ import math
 import threading
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,11 @@ from model.gpt import GPT, ModelConfig
 from model.optimizer import Optimizer, OptimizerConfig, build_optimizer
 from model.training import StepMeasures, autocast, choose_precision, parallelize, train_step
 from tests.model.ranks import run_on_ranks
+from tests.model.rows import Rows
 
 TINY = ModelConfig(num_layers=2, width=16, num_heads=2, context_length=8, mlp_width=32)
 VOCABULARY = 70
 GLOBAL_TOKENS = 4 * 8 - 3
-
-
-@dataclass
-class Rows:
-    tokens: Tensor
-    targets: Tensor
-    document_ids: Tensor | None = None
 
 
 def tiny_model(config: ModelConfig = TINY) -> GPT:

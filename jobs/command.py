@@ -35,6 +35,8 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Serve's proxies speak OpenAI's error shape too: see pipeline/serving/errors.py.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "pipeline.serving.errors.proxy_middlewares",
+    # Seconds, three times over; with Serve's own 5 a busy machine's proxy was killed again and again before it ran.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",

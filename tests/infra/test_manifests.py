@@ -221,7 +221,7 @@ def test_the_image_sets_nothing_otherwise_than_the_jobs_do() -> None:
     shared = in_image.keys() & ENVIRONMENT.keys()
     assert {name: in_image[name] for name in shared} == {name: ENVIRONMENT[name] for name in shared}
     assert in_image.keys() == shared
-    assert "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH" in shared
+    assert {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"} <= shared
 
 
 # ---------------------------------------------------------------------------------------------- compose

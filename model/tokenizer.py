@@ -39,6 +39,7 @@ NAMED_TOKENIZERS = {"gpt2": 50_257, "r50k_base": 50_257, "cl100k_base": 100_258,
 SPACE_BYTES = bytes(  # of all characters that \s matches
     {byte for code in range(0x10000) if chr(code).isspace() for byte in chr(code).encode()}
 )
+TEXTS_TO_JUDGE_BY = 8
 CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
 
 
@@ -58,6 +59,7 @@ class OwnTokenizer(Tokenizer):
         for content in (*token_bytes, pattern.encode()):
             digest.update(len(content).to_bytes(4, "little") + content)
         self.digest = digest.hexdigest()
+        self._may_match_nothing = pattern not in KNOWN_PATTERNS  # one of a user: each text is looked through
         ranks = {token: rank for rank, token in enumerate(token_bytes) if token}
         missing = sum(bytes([byte]) not in ranks for byte in range(256))
         if missing:
@@ -82,8 +84,7 @@ class OwnTokenizer(Tokenizer):
                 )
                 for text in texts
             ]
-            for text, ids in zip(texts, encoded, strict=True):
-                self._check_bytes(text, ids)
+            self._check_bytes(texts, encoded)
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"The text is not valid Unicode: character {error.start} is the lone surrogate"
@@ -91,16 +92,31 @@ class OwnTokenizer(Tokenizer):
             ) from None
         return encoded
 
-    def _check_bytes(self, text: str, ids: np.ndarray) -> None:
+    def _check_bytes(self, texts: Sequence[str], encoded: Sequence[np.ndarray]) -> None:
+        """Raise `ValueError` where a text's tokens do not spell all of it."""
         # A token is made of the text's own bytes, so if there are as many of them, they are the same.
-        given, kept = len(text.encode()), int(self.byte_lengths[ids].sum(dtype=np.int64))
-        if (ids == self.end_of_text).any():
-            raise ValueError(f"tokenizer.pattern matches nothing at a place of a text that begins {text[:40]!r}.")
-        if given != kept:
-            raise ValueError(
-                f"tokenizer.pattern leaves out {given - kept} of the {given} bytes of a text that begins"
-                f" {text[:40]!r}; end the pattern with |[\\s\\S], which matches all that is left."
-            )
+        given = [len(text) if text.isascii() else len(text.encode()) for text in texts]
+        kept = self._count_bytes(encoded)
+        for text, ids, bytes_given, bytes_kept in zip(texts, encoded, given, kept, strict=True):
+            if bytes_given == bytes_kept and not self._may_match_nothing:
+                continue
+            if (ids == self.end_of_text).any():
+                raise ValueError(f"tokenizer.pattern matches nothing at a place of a text that begins {text[:40]!r}.")
+            if bytes_given != bytes_kept:
+                raise ValueError(
+                    f"tokenizer.pattern leaves out {bytes_given - bytes_kept} of the {bytes_given} bytes of a text that"
+                    f" begins {text[:40]!r}; end the pattern with |[\\s\\S], which matches all that is left."
+                )
+
+    def _count_bytes(self, encoded: Sequence[np.ndarray]) -> np.ndarray:
+        """Count the bytes that each text's tokens spell, for all texts at once: they may be short and many."""
+        lengths = np.array([len(ids) for ids in encoded])
+        counts = np.zeros(len(encoded), np.int64)
+        if lengths.any():
+            filled = lengths > 0
+            starts = (np.cumsum(lengths) - lengths)[filled]
+            counts[filled] = np.add.reduceat(self.byte_lengths[np.concatenate(encoded)], starts, dtype=np.int64)
+        return counts
 
     def _encode_long(self, text: str) -> np.ndarray:
         encoded = []
@@ -112,11 +128,23 @@ class OwnTokenizer(Tokenizer):
     def _encode_parts(self, parts: list[str]) -> list[np.ndarray]:
         if self._fast is None or not parts:
             return [self._encode_exactly(part) for part in parts]
+        first, others = parts[:TEXTS_TO_JUDGE_BY], parts[TEXTS_TO_JUDGE_BY:]
+        encoded, num_again = self._encode_fast(first)
+        if num_again > len(first) / 2:  # indented text, as code is: most would be encoded twice
+            return encoded + [self._encode_exactly(part) for part in others]
+        return encoded + self._encode_fast(others)[0]
+
+    def _encode_fast(self, parts: list[str]) -> tuple[list[np.ndarray], int]:
+        """Encode with the simpler pattern, and again those for which it will not do; returns how many these were."""
+        assert self._fast is not None
+        if not parts:
+            return [], 0
         encoded = [self._fast.encode_to_numpy(part, disallowed_special=()) for part in parts]
         starts = np.cumsum([0, *map(len, encoded[:-1])])
-        for number in _with_long_spaces(self._spaces[np.concatenate(encoded)], starts):
+        again = _with_long_spaces(self._spaces[np.concatenate(encoded)], starts)
+        for number in again:
             encoded[number] = self._encode_exactly(parts[number])
-        return encoded
+        return encoded, len(again)
 
     def _encode_exactly(self, text: str) -> np.ndarray:
         try:
@@ -142,7 +170,7 @@ class OwnTokenizer(Tokenizer):
 
     def _build_encoding(self, pattern: str) -> tiktoken.Encoding:
         ranks = {token: rank for rank, token in enumerate(self.token_bytes) if token}
-        if self.pattern not in KNOWN_PATTERNS:
+        if self._may_match_nothing:
             # A match of nothing then gives a token of no bytes, where tiktoken would panic.
             ranks[b""] = self.vocab_size - 1
         special = {END_OF_TEXT: self.end_of_text}

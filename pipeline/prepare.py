@@ -33,7 +33,7 @@ from pipeline.corpus import card, cleaning, conversations
 from pipeline.corpus.contamination import REASON, RUNS, Runs, keep_runs, load_runs
 from pipeline.corpus.files import Listing, Slice, fingerprint_part, listing_of, slices
 from pipeline.corpus.formats import REPLACED, read
-from pipeline.corpus.mixing import MIX, Member, note_members, tokens_per_epoch
+from pipeline.corpus.members import MIX, Member, note_members
 from pipeline.corpus.omissions import EMPTY, LEAST_VALIDATION_DOCUMENTS, warn, warn_of_share
 from pipeline.corpus.progress import Progress
 from pipeline.corpus.shards import ShardWriter
@@ -152,8 +152,9 @@ def _run_mix(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -
     """Prepare each source of the mix that is not prepared yet, and write down which they are and their shares."""
     chosen = config.source.parts()
     whole = sum(part.weight for part in chosen)
-    members = []
-    manifests = []
+    from pipeline.corpus.mixing import tokens_per_epoch  # it loads torch, which a worker of this stage needs not
+
+    members, manifests = [], []
     for part, shards in zip(chosen, parts(config, inputs), strict=True):
         manifest = shards.manifest()
         if manifest is None:
@@ -305,8 +306,7 @@ def prepare_unit(plan: PreparePlan, unit: Unit) -> Tally:
                 tally.replaced += note == REPLACED
                 kept.append(text)
         for text, ids, learn in _encode(plan, tokenizer, kept, tally):
-            content = text.encode()
-            score = int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
+            score = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
             is_val = score < plan.val_below
             if is_val:
                 tally.lowest_val_hash = min(tally.lowest_val_hash, score)
@@ -316,7 +316,8 @@ def prepare_unit(plan: PreparePlan, unit: Unit) -> Tally:
             counts = tally.splits[SPLITS[is_val]]
             counts["documents"] += 1
             counts["tokens"] += len(ids) + (learn is None)  # a text's end comes behind it
-            counts["bytes"] += int(tokenizer.byte_lengths[ids].sum())
+            # Of a text the tokens spell just this, or `encode_all` would have raised; of a conversation more.
+            counts["bytes"] += len(tokenizer.spell(text)) if learn is None else int(tokenizer.byte_lengths[ids].sum())
             if lost := tokenizer.count_lost(text if learn is None else conversations.plain_text(text)):
                 counts["bytes_without_token"] += lost
             if learn is not None:

@@ -19,7 +19,7 @@ from model.tokenizer import load_tokenizer
 from pipeline import tracking
 from pipeline.artifacts import MANIFEST, Artifact, FileRecord, Manifest, describe_difference
 from pipeline.config import Config, result_settings, to_yaml
-from pipeline.corpus.mixing import MIX
+from pipeline.corpus.members import MIX
 from pipeline.evaluation.exam import choose_exam
 from pipeline.evaluation.model_card import README, Facts, write_card
 from pipeline.evaluation.tasks import parse_entries

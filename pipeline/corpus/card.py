@@ -12,7 +12,7 @@ from pipeline.artifacts import Artifact, FileRecord, Manifest
 from pipeline.config import Config, to_yaml
 from pipeline.corpus.contamination import RUN_WORDS
 from pipeline.corpus.files import count_endings
-from pipeline.corpus.mixing import Member
+from pipeline.corpus.members import Member
 
 
 def write(

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from model.tokenizer import Tokenizer
 from pipeline.artifacts import Artifact
-from pipeline.corpus.mixing import members_of
+from pipeline.corpus.members import members_of
 
 
 def read_documents(shards: Artifact, tokenizer: Tokenizer, most: int) -> list[str]:

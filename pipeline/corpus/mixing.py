@@ -1,7 +1,6 @@
 """Several sources as one: each prepared to shards of its own, their rows interleaved by share.
 
     stream = open_stream(shards, context_length=1024, batch_sequences=256, seed=1337)   # of a mix, or of one source
-    for member in members_of(shards): member.name, member.share, member.shards
 
 The unit is a row of `context_length` tokens, so that a batch is filled evenly and conversations stay whole. Of every
 `CYCLE` rows each source has its share to the row, spread evenly: among the first n rows, for any n, no source is more
@@ -10,14 +9,13 @@ a source that is exhausted begins its next epoch while the others go on with the
 """
 
 import hashlib
-import posixpath
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from pipeline.artifacts import Artifact, Manifest
+from pipeline.corpus.members import Member, members_of
 from pipeline.corpus.packing import ConversationStream, count_places, empty_batch, open_training_stream, pack
 from pipeline.corpus.shards import GIGABYTE, TokenCache, holds_conversations, open_shards
 from pipeline.corpus.stream import (
@@ -29,39 +27,6 @@ from pipeline.corpus.stream import (
 )
 
 CYCLE = 10_000  # rows, after which the order of the sources repeats: shares are kept to one in so many
-MIX = "mix"  # where a manifest's counts name the sources
-
-
-@dataclass(frozen=True)
-class Member:
-    """One source of a mix, or the only source there is."""
-
-    name: str  # empty if it is the only one
-    share: float  # of the rows, and so of the tokens that a training reads
-    shards: Artifact
-
-
-def members_of(shards: Artifact) -> list[Member]:
-    """Name the sources of a prepared mix, or the one source of other shards."""
-    manifest = shards.manifest()
-    if manifest is None:
-        raise ValueError(f"{shards.url} is not finished; run the prepare stage first.")
-    folder = posixpath.dirname(shards.url)
-    return [
-        Member(
-            each["name"],
-            each["share"],
-            Artifact(posixpath.join(folder, f"prepare-{each['fingerprint']}"), "prepare", each["fingerprint"]),
-        )
-        for each in manifest.counts.get(MIX, ())
-    ] or [Member("", 1.0, shards)]
-
-
-def note_members(members: Sequence[Member]) -> list[dict[str, Any]]:
-    """What the manifest of a mix says for `members_of`."""
-    return [
-        {"name": member.name, "share": member.share, "fingerprint": member.shards.fingerprint} for member in members
-    ]
 
 
 def open_stream(shards: Artifact, **options: Any) -> BatchStream:
@@ -185,16 +150,3 @@ def tokens_per_epoch(shards: Artifact, manifest: Manifest, context_length: int) 
     if not holds_conversations(shards):
         return int(manifest.counts["train"]["tokens"])
     return len(pack(count_places(open_shards(shards, "train")), context_length)) * context_length
-
-
-def bytes_per_target(members: Sequence[Member]) -> float:
-    """Bytes of text that a target spells on average, in batches of these members."""
-    targets = spelled = 0.0
-    for member in members:
-        manifest = member.shards.manifest()
-        assert manifest is not None
-        counts: Mapping[str, int] = manifest.counts["train"]
-        learnt = "learnt_" if "learnt_tokens" in counts else ""
-        targets += member.share * counts[f"{learnt}tokens"] / counts["tokens"]
-        spelled += member.share * counts[f"{learnt}bytes"] / counts["tokens"]
-    return spelled / targets

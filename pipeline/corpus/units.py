@@ -196,6 +196,7 @@ def _outcomes(plan: PreparePlan, to_do: list[Slice], done: frozenset[str], task:
     try:
         for name, value in DATA_SETTINGS.items():
             setattr(context, name, value)
+        _start_workers(plan, len(to_do), task)
         rows = [{"unit": Unit(slice_.name, slice_)} for slice_ in to_do]
         dataset: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
         if any(slice_.is_stream for slice_ in to_do):
@@ -212,6 +213,16 @@ def _outcomes(plan: PreparePlan, to_do: list[Slice], done: frozenset[str], task:
             setattr(context, name, value)
 
 
+def _start_workers(plan: PreparePlan, units: int, task: Task) -> None:
+    """Let processes get ready before the first unit, without waiting for them.
+
+    Ray has as many idle ones as there are CPUs, and Ray Data's own actors would take those before any unit comes.
+    """
+    here = int(ray.cluster_resources().get("CPU", 0))
+    for _ in range(min(units, here, plan.settings.workers or here)):
+        _get_ready.remote(task)
+
+
 def _read_streams(plan: PreparePlan, found: list[Slice]) -> dict[str, int]:
     """Return into how many pieces each stream was cut, of those that were once read to their end."""
     return {
@@ -222,6 +233,11 @@ def _read_streams(plan: PreparePlan, found: list[Slice]) -> dict[str, int]:
 
 
 # On the workers ---------------------------------------------------------------------------------------------------
+
+
+@ray.remote(num_cpus=1)
+def _get_ready(task: Task) -> None:
+    """Load what a unit of the task needs: unpickling the task does."""
 
 
 def _cut(batch: Mapping[str, Any], plan: PreparePlan, done: frozenset[str]) -> Iterator[dict[str, np.ndarray]]:

@@ -24,8 +24,9 @@ from model.tokenizer import Tokenizer, load_tokenizer
 from pipeline import registry, tracking
 from pipeline.artifacts import Artifact, expand_home
 from pipeline.config import Config
+from pipeline.evaluation.answers import answer
 from pipeline.evaluation.comparison import Change, Gain, compare_outcomes, measure_gain
-from pipeline.evaluation.evaluators import EVALUATORS, answer, headline_outcomes, summarise
+from pipeline.evaluation.evaluators import EVALUATORS, headline_outcomes, summarise
 from pipeline.evaluation.spread import Version, load
 from pipeline.evaluation.tasks import Task
 

@@ -1,7 +1,7 @@
 """How an item of each shape is scored, and which metrics come of it, as lm-eval defines them.
 
 EVALUATORS is the table: a new evaluator is one entry. An item is a context and the endings that may follow it; a
-model says how likely each is (`answer`), and a metric is made of what it said (`summarise`).
+model says how likely each is (`answers.py`), and a metric is made of what it said (`summarise`).
 
 Every metric is one quotient over all items, sum of amounts by sum of weights, shown as it is or through a function.
 So each has a standard error: of the quotient, by its residuals, and through the function by its slope. Where every
@@ -15,11 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-
-from model.gpt import GPT
-from model.likelihood import encode_requests, score
-from model.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -178,20 +173,6 @@ EVALUATORS = {
         chance=lambda item: math.nan,
     ),
 }
-
-
-def answer(
-    model: GPT, tokenizer: Tokenizer, items: Sequence[Item], *, precision: torch.dtype = torch.float32
-) -> list[ItemAnswer]:
-    """Let a model answer the items, all of their endings in one go."""
-    requests = encode_requests(tokenizer, [(item.context, ending) for item in items for ending in item.endings])
-    scores = score(model, requests, precision=precision)
-    answers, start = [], 0
-    for item in items:
-        end = start + len(item.endings)
-        answers.append(ItemAnswer(tuple(scores.nats[start:end].tolist()), tuple(scores.greedy[start:end].tolist())))
-        start = end
-    return answers
 
 
 def summarise(shape: str, items: Sequence[Item], answers: Sequence[ItemAnswer]) -> dict[str, Figure]:

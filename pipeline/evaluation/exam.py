@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from model.gpt import GPT
 from model.tokenizer import Tokenizer
-from pipeline.evaluation.evaluators import ItemAnswer, answer
+from pipeline.evaluation.answers import answer
+from pipeline.evaluation.evaluators import ItemAnswer
 from pipeline.evaluation.report import describe, name_metrics, say
 from pipeline.evaluation.tasks import Task, load_task, parse_entries, subset
 

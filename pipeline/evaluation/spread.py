@@ -19,7 +19,8 @@ from model.training import choose_precision
 from pipeline import registry
 from pipeline.artifacts import Artifact, Manifest
 from pipeline.config import TrainConfig
-from pipeline.evaluation.evaluators import Item, ItemAnswer, answer
+from pipeline.evaluation.answers import answer
+from pipeline.evaluation.evaluators import Item, ItemAnswer
 from pipeline.evaluation.tasks import Task
 
 FEWEST_ITEMS = 200  # of a part: loading a model costs as much as some hundred answers

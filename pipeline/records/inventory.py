@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import Any
 
 from pipeline.artifacts import MANIFEST, Manifest, filesystem_of, resolve_storage
-from pipeline.corpus.mixing import MIX
+from pipeline.corpus.members import MIX
 from pipeline.stages import STAGES
 
 RUN_FILE = "run.json"  # an unfinished training's note, see pipeline/train.py

@@ -16,7 +16,7 @@ from model.gpt import GPT
 from model.tokenizer import Tokenizer
 from pipeline.artifacts import Artifact
 from pipeline.config import Config, StreamConfig, TrainConfig
-from pipeline.corpus.mixing import bytes_per_target, members_of
+from pipeline.corpus.members import bytes_per_target, members_of
 
 
 class Exam(Protocol):

@@ -18,7 +18,7 @@ from model.config import ModelConfig
 from model.scoring import Score, score_batches
 from pipeline.artifacts import Artifact, resolve_storage
 from pipeline.config import StreamConfig, TrainConfig
-from pipeline.corpus.mixing import MIX, members_of
+from pipeline.corpus.members import MIX, members_of
 from pipeline.corpus.packing import ConversationValidation, open_validation_stream
 from pipeline.corpus.stream import ValidationStream
 

@@ -18,6 +18,7 @@ import tempfile
 import textwrap
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def write_corpus(folder: Path, texts: list[str], megabytes: float) -> int:
     return total
 
 
-def encode_half(path: Path, name: str, barrier: Any, taken: Any) -> None:
+def encode_half(path: Path, name: str, barrier: Any) -> float:
     import tiktoken
 
     encoding = tiktoken.get_encoding(name)
@@ -183,23 +184,16 @@ def encode_half(path: Path, name: str, barrier: Any, taken: Any) -> None:
     began = time.perf_counter()
     for text in texts:
         encoding.encode_to_numpy(text, disallowed_special=())
-    taken.put(time.perf_counter() - began)
+    return time.perf_counter() - began
 
 
 def time_tiktoken(corpus: Path, name: str) -> float:
     """The slower of two processes that each encode half of the documents, which they hold in memory."""
     context = multiprocessing.get_context("spawn")
-    barrier, taken = context.Barrier(PROCESSES), context.Queue()
-    workers = [
-        context.Process(target=encode_half, args=(corpus / f"part{part}.jsonl", name, barrier, taken))
-        for part in range(PROCESSES)
-    ]
-    for worker in workers:
-        worker.start()
-    seconds = max(taken.get() for _ in workers)
-    for worker in workers:
-        worker.join()
-    return seconds
+    with context.Manager() as manager, ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
+        barrier = manager.Barrier(PROCESSES, timeout=300)  # seconds; where the other process has failed
+        halves = [pool.submit(encode_half, corpus / f"part{part}.jsonl", name, barrier) for part in range(PROCESSES)]
+        return max(half.result() for half in halves)
 
 
 def time_prepare(folder: Path, tokenizer: str, round_number: int) -> tuple[float, float]:

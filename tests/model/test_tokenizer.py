@@ -123,11 +123,28 @@ def load_for(name: str) -> Tokenizer:
 
 @pytest.mark.parametrize("name", ALL_PATTERNS)
 @settings(max_examples=100, deadline=None)
-@given(texts=st.lists(st.text(alphabet="ab \n\u3000“"), max_size=8))
+@given(texts=st.lists(st.text(alphabet="ab \n\u3000“"), max_size=20))
 def test_texts_encoded_together_do_not_touch(name: str, texts: list[str]) -> None:
     tokenizer = load_for(name)
     together = [ids.tolist() for ids in tokenizer.encode_all(texts)]
     assert together == [tokenizer._exact.encode_to_numpy(text, disallowed_special=()).tolist() for text in texts]
+
+
+def test_of_many_indented_texts_a_few_are_encoded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_for("gpt2")
+    tried = []
+
+    class Fast:
+        def encode_to_numpy(self, text: str, **options: object) -> np.ndarray:
+            tried.append(text)
+            return fast.encode_to_numpy(text, **options)
+
+    fast = tokenizer._fast
+    monkeypatch.setattr(tokenizer, "_fast", Fast())
+    texts = [f"def f{number}():\n    return {number}" for number in range(20)]
+    together = [ids.tolist() for ids in tokenizer.encode_all(texts)]
+    assert together == [tokenizer._exact.encode_to_numpy(text, disallowed_special=()).tolist() for text in texts]
+    assert tried == texts[:8]
 
 
 def test_other_patterns_are_left_as_they_are() -> None:

@@ -95,6 +95,11 @@ def test_every_document_lands_in_one_shard_and_comes_back(ray_session: None, tmp
     assert metadata.metadata[b"tokenizer_digest"].decode() == tokenizer.digest
 
 
+def test_a_worker_that_tokenizes_does_not_wait_for_torch_to_load() -> None:
+    program = "import sys, pipeline.prepare; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"False\n"
+
+
 def test_the_data_card_shows_how_to_read_a_document(ray_session: None, tmp_path: Path, storage: str) -> None:
     texts = ["only ever the first", *make_texts(100)]
     output, manifest = run(configure(storage, write_jsonl(tmp_path / "x.jsonl", texts)), storage)

@@ -13,7 +13,7 @@ from pipeline import orchestrator, prepare
 from pipeline.artifacts import Artifact
 from pipeline.config import Config, load_config
 from pipeline.corpus.documents import read_documents
-from pipeline.corpus.mixing import members_of
+from pipeline.corpus.members import members_of
 from pipeline.training.plan import plan_training
 from pipeline.training.worker import open_stream
 from tests.mlflow_store import point_mlflow_at

@@ -10,16 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.artifacts import Artifact
-from pipeline.corpus.mixing import (
-    CYCLE,
-    Member,
-    MixedStream,
-    arrange_cycle,
-    bytes_per_target,
-    members_of,
-    note_members,
-    open_stream,
-)
+from pipeline.corpus.members import Member, bytes_per_target, members_of, note_members
+from pipeline.corpus.mixing import CYCLE, MixedStream, arrange_cycle, open_stream
 from pipeline.corpus.shards import ShardWriter
 from pipeline.corpus.stream import IGNORED, Batch
 from pipeline.training.validation import open_validation

@@ -10,7 +10,7 @@ import torch
 from model.gpt import GPT, ModelConfig
 from pipeline.config import load_config
 from pipeline.evaluation import exam as room
-from pipeline.evaluation.evaluators import answer
+from pipeline.evaluation.answers import answer
 from pipeline.evaluation.exam import TaskExam, choose_exam
 from pipeline.evaluation.report import describe, name_metrics
 from tests.pipeline.tiny_registry import tiny_tokenizer

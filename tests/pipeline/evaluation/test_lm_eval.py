@@ -7,7 +7,8 @@ import pytest
 
 from model.checkpoint import load_model
 from model.tokenizer import load_tokenizer
-from pipeline.evaluation.evaluators import answer, summarise
+from pipeline.evaluation.answers import answer
+from pipeline.evaluation.evaluators import summarise
 from pipeline.evaluation.tasks import TASKS, load_task
 from tests.pipeline.evaluation.lm_eval_reference import FAMILIES, ITEMS, TABLE, ask_lm_eval, make_checkpoint
 

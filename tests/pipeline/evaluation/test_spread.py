@@ -12,7 +12,8 @@ from model.tokenizer import Tokenizer, load_tokenizer
 from pipeline import registry
 from pipeline.artifacts import Artifact, artifact_at
 from pipeline.corpus.documents import read_documents
-from pipeline.evaluation.evaluators import EVALUATORS, answer
+from pipeline.evaluation.answers import answer
+from pipeline.evaluation.evaluators import EVALUATORS
 from pipeline.evaluation.spread import Place, Version, ask, load, score_documents
 from pipeline.evaluation.tasks import Task
 from tests.pipeline.tiny_registry import TEXT, make_registry, tiny_tokenizer

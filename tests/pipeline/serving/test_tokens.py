@@ -12,7 +12,8 @@ from model.chat import CHAT_TEMPLATE, OwnTemplate, encode
 from model.checkpoint import load_model
 from model.tokenizer import load_tokenizer
 from pipeline.config import ServeConfig
-from pipeline.evaluation.evaluators import answer, summarise
+from pipeline.evaluation.answers import answer
+from pipeline.evaluation.evaluators import summarise
 from pipeline.evaluation.tasks import load_task
 from pipeline.registry import download, resolve
 from pipeline.serving.access import ApiKey

@@ -13,7 +13,7 @@ from model.scoring import score_batches
 from model.training import LossModule
 from pipeline.artifacts import Artifact
 from pipeline.config import StreamConfig, TrainConfig
-from pipeline.corpus.mixing import Member, note_members
+from pipeline.corpus.members import Member, note_members
 from pipeline.training.samples import ask, share_that_ends, write_samples
 from pipeline.training.validation import HeldOut, find_questions, open_base_text, open_validation, score_held_out
 from tests.pipeline.corpus.test_mixing import CONTEXT, make_members

@@ -62,9 +62,8 @@ def parts(config: Config, inputs: Mapping[str, Artifact]) -> list[Artifact]:
     """Name the shards of each source of a mix: what a run of that source alone would make, and may have made."""
     found = []
     for part in config.source.parts():
-        alone = replace(config, source=part.source)
         known = {"source": fingerprint_part(part.source), "tokenizer": inputs["tokenizer"].fingerprint}
-        recipe = Recipe(FORMAT_VERSION, settings(alone), known)
+        recipe = Recipe(FORMAT_VERSION, settings(replace(config, source=part.source)), known)
         found.append(artifact_at(config.storage, config.name, "prepare", recipe.fingerprint("prepare"), recipe=recipe))
     return found
 

@@ -31,7 +31,7 @@ import aiohttp
 import httpx
 
 READY_SECONDS = 900
-NEEDED_BY_OURS = "import mlflow, prometheus_client, orjson"
+NEEDED_BY_OURS = "import mlflow, prometheus_client, orjson, ray"
 
 
 class Server:

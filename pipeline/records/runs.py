@@ -13,6 +13,7 @@ from pipeline.registry import AS_TRAINING
 
 BITS = ("evaluate/bits_per_byte", "validation/bits_per_byte")  # the first that there is
 TASK = "evaluate/"  # metrics of tasks are evaluate/<task>/<metric>
+SILENT_SECONDS = 1800.0  # a running training that logged nothing for so long was killed, or hangs
 HEADLINES = ("acc_norm", "acc", "word_perplexity")  # of a task the first that there is
 
 
@@ -29,6 +30,7 @@ class Row:
     bits_per_byte: float | None
     tasks: Mapping[str, float] = field(default_factory=dict)
     started: float = 0.0  # Unix time
+    heard: float = 0.0  # Unix time of the last figure
     user: str = ""
     parent_run_id: str = ""
     page: str = ""  # its path on MLflow's server
@@ -68,7 +70,8 @@ def _describe(run: Any, experiment: str) -> Row:
     bits = next((metrics[name] for name in BITS if name in metrics), None)
     is_timed = float(params.get("train.minutes") or 0) > 0  # nobody knows how many steps that makes
     steps = int(params["train.steps"]) if params.get("train.steps", "").isdigit() and not is_timed else 0
-    step = max((metric.step for metric in run.data.to_proto().metrics if metric.key.startswith("train/")), default=0)
+    logged = run.data.to_proto().metrics
+    step = max((metric.step for metric in logged if metric.key.startswith("train/")), default=0)
     return Row(
         run_id=run.info.run_id,
         experiment=experiment,
@@ -79,6 +82,7 @@ def _describe(run: Any, experiment: str) -> Row:
         bits_per_byte=bits,
         tasks=read_tasks(metrics),
         started=run.info.start_time / 1000,
+        heard=max([run.info.start_time, *(metric.timestamp for metric in logged)]) / 1000,
         user=tags.get("mlflow.user", ""),
         parent_run_id=tags.get(tracking.PARENT_TAG, ""),
         page=f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}{AS_TRAINING}",
@@ -119,12 +123,14 @@ def describe_rows(rows: Sequence[Row], now: float | None = None) -> str:
     for row in rows:
         if row.parent_run_id not in ids:
             place(row, 0)
-    lines = [f"{'run':<44}{'id':<10}{'state':<10}{'steps':>15}{'bits/byte':>11}{'age':>8}  tasks"]
+    lines = [f"{'run':<44}{'id':<10}{'state':<12}{'steps':>13}{'bits/byte':>11}{'age':>8}  tasks"]
     for depth, row in ordered:
         done = f"{row.step:,}/{row.steps:,}" if row.steps else f"{row.step:,}"
         bits = "" if row.bits_per_byte is None else f"{row.bits_per_byte:.3f}"
         tasks = ", ".join(f"{task} {value:.3f}" for task, value in row.tasks.items())
         age = describe_age((now - row.started) / 86_400)
-        shown = f"{'  ' * depth}{row.name}"
-        lines.append(f"{shown:<44}{row.run_id[:8]:<10}{row.state:<10}{done:>15}{bits:>11}{age:>8}  {tasks}".rstrip())
+        shown, state = f"{'  ' * depth}{row.name}", row.state
+        if state == "running" and now - row.heard > SILENT_SECONDS:
+            state = f"silent {describe_age((now - row.heard) / 86_400)}"
+        lines.append(f"{shown:<44}{row.run_id[:8]:<10}{state:<12}{done:>13}{bits:>11}{age:>8}  {tasks}".rstrip())
     return "\n".join(lines)

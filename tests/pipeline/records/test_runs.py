@@ -1,5 +1,6 @@
 """Trainings in the terminal, as MLflow knows them."""
 
+import dataclasses
 import json
 import time
 
@@ -76,6 +77,17 @@ def test_an_experiment_that_is_not_there_is_named_with_those_that_are(tracked_co
 def test_a_task_is_told_by_its_headline() -> None:
     metrics = {"evaluate/bits_per_byte": 1.0, "evaluate/arc/acc": 0.2, "evaluate/arc/acc_norm": 0.3, "train/loss": 2.0}
     assert read_tasks(metrics) == {"arc": 0.3}
+
+
+def test_a_running_training_that_says_nothing_any_more_is_called_silent(
+    tracked_config: Config, two_runs: tuple[str, str]
+) -> None:
+    row = next(row for row in list_runs(tracked_config, "tiny") if row.run_id == two_runs[0])
+    assert abs(row.heard - time.time()) < 60
+    assert " running " in describe_rows([row], now=row.heard + 60)
+    assert " silent 2 h " in describe_rows([row], now=row.heard + 7200)
+    ended = dataclasses.replace(row, state="finished")
+    assert " finished " in describe_rows([ended], now=row.heard + 7200)
 
 
 def test_ages_are_told_and_the_newest_of_a_name_is_meant() -> None:

@@ -39,7 +39,7 @@ NAMED_TOKENIZERS = {"gpt2": 50_257, "r50k_base": 50_257, "cl100k_base": 100_258,
 SPACE_BYTES = bytes(  # of all characters that \s matches
     {byte for code in range(0x10000) if chr(code).isspace() for byte in chr(code).encode()}
 )
-TEXTS_TO_JUDGE_BY = 8
+TEXTS_TO_JUDGE_BY = 8  # of those encoded together: whether most of them are indented
 CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
 
 
@@ -59,7 +59,7 @@ class OwnTokenizer(Tokenizer):
         for content in (*token_bytes, pattern.encode()):
             digest.update(len(content).to_bytes(4, "little") + content)
         self.digest = digest.hexdigest()
-        self._may_match_nothing = pattern not in KNOWN_PATTERNS  # one of a user: each text is looked through
+        self._may_match_nothing = pattern not in KNOWN_PATTERNS  # a user's own: every text is searched for such a match
         ranks = {token: rank for rank, token in enumerate(token_bytes) if token}
         missing = sum(bytes([byte]) not in ranks for byte in range(256))
         if missing:

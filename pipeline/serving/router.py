@@ -36,9 +36,11 @@ class LeastBusyRouter(RequestRouter):
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """Return all replicas, each a rank of its own: the next is asked where one has no room."""
+        is_first_look = False
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # all are tried already; a hot loop finds no more
-            self._chosen.pop(pending_request.future, None)  # no replica had room for it the last time
+            # Where it is there, no replica had room for the request the last time.
+            is_first_look = self._chosen.pop(pending_request.future, None) is None
 
         def rank(replica: ReplicaID) -> tuple[int, int, float]:
             # By chance among the never chosen: else the first request of every proxy would go to the same replica.
@@ -49,8 +51,10 @@ class LeastBusyRouter(RequestRouter):
             first = ranked[0].replica_id
             self._turns[first] = next(self._next_turn)
             self._chosen[pending_request.future] = first
-            # Done is: a replica was found, and the request's own task, which waits longer than this, sends it first.
-            pending_request.future.add_done_callback(lambda done: self._chosen.pop(done, None))
+            if is_first_look:
+                # The future is done when a replica is found or the client has gone. The task that sends the request
+                # waits for it since before this, so it wakes first: no moment counts neither choice nor sending.
+                pending_request.future.add_done_callback(lambda done: self._chosen.pop(done, None))
         return [[each] for each in ranked]
 
     def count_under_way(self, replica: ReplicaID) -> int:

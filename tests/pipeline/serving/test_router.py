@@ -9,9 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 from ray import serve
-from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
-from ray.serve._private.request_router.common import PendingRequest
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
 from ray.serve.config import HTTPOptions, RequestRouterConfig
+from ray.serve.request_router import PendingRequest, ReplicaID
 
 from jobs.demo import free_port
 from pipeline.serving.router import LeastBusyRouter

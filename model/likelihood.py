@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from model.gpt import DEFAULT_CHUNK_LOGITS, GPT
+from model.products import use_fast_products
 from model.tokenizer import Tokenizer
 from model.training import autocast
 
@@ -83,6 +84,8 @@ def score(
     them, the last one with as much of it as fits.
     """
     device = model.embedding.weight.device
+    if device.type == "cpu":
+        use_fast_products()
     if batch_tokens is None:
         batch_tokens = BATCH_TOKENS.get(device.type, DEFAULT_BATCH_TOKENS)
     windows = [

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.gpt import GPT, KVCache, ModelConfig
+from model.products import use_fast_products
 from model.sampling import find_best
 from model.sequence import Work
 
@@ -130,6 +131,8 @@ class TorchRunner:
         self.num_slots = num_slots
         self.vocab_size = model.vocab_size
         self.device = model.embedding.weight.device
+        if self.device.type == "cpu":
+            use_fast_products()
         self.batches_slots = self.device.type == "cuda"
         self.max_draft_tokens = max_draft_tokens if self.batches_slots else 0
         self.width = 1 + self.max_draft_tokens

@@ -28,6 +28,7 @@ from model.gpt import GPT, Block, chunked_cross_entropy, cross_entropy_gradient
 from model.gpu_steps import GraphedGradients, GraphedUpdate, clip
 from model.liger import liger_passes
 from model.optimizer import Optimizer
+from model.products import use_fast_products
 
 STRATEGIES = ("none", "ddp", "fsdp")
 
@@ -201,6 +202,7 @@ def parallelize(
     device = model.embedding.weight.device
     if device.type == "cpu":
         keep_freed_memory()
+        use_fast_products()
         threads = torch.get_num_threads()
         if strategy == "none" and count_shares(threads, MAX_SHARES, model.config.dropout) > 1:
             module = SharedLoss(model, threads)

@@ -37,6 +37,7 @@ from model.families import export_config
 from model.gpt import GPT, ModelConfig, block_parameters, flops_per_token
 from model.gpu_steps import use_flash_attention
 from model.optimizer import OptimizerConfig, build_optimizer
+from model.products import use_fast_products
 from model.training import autocast, choose_precision, parallelize, train_step
 
 STEPS_OF_A_TURN = {"cpu": 1, "cuda": 10}  # queued one behind the other, as in training; then waited for
@@ -211,6 +212,8 @@ def matmul_step(options: argparse.Namespace) -> Callable[[], float]:
     dtype = choose_precision(options.precision, options.device)
     rows = options.batch * options.context
     in_a_row = STEPS_OF_A_TURN[torch.device(options.device).type]
+    if options.device == "cpu":
+        use_fast_products()
 
     def time_product(left: torch.Tensor, right: torch.Tensor) -> float:
         durations = []

@@ -45,8 +45,8 @@ def estimate_memory(
 
     With `recompute` each block keeps its input, and one block at a time computes the rest again. `shards` is the number
     of ranks over which FSDP2 divides weights, gradients and moments. `shares` is the number of threads that share a
-    micro-batch on a CPU (`SharedLoss`); each has its own gradients, copies and logits. With `lora` only the adapter has
-    gradients and moments.
+    micro-batch on a CPU (`SharedLoss`); each has its own gradients, logits and copy of the head, and all have one copy
+    of the blocks' matrices. With `lora` only the adapter has gradients and moments.
     """
     parameters = count_parameters(model, vocab_size)
     adapter = 0 if lora is None else count_adapter(model, lora)
@@ -59,7 +59,9 @@ def estimate_memory(
         copies = (2 * matrices // model.num_layers + parameters - matrices) * activation_bytes
     else:
         # Under autocast every matrix has a copy in the activations' precision until the step ends.
-        copies = (matrices + head) * activation_bytes if activation_bytes < 4 else 0
+        copies = (matrices + shares * head) * activation_bytes if activation_bytes < 4 else 0
+    # Of a matrix in a block each share's gradient is in the activations' precision, and their sum in float32.
+    rounded = (adapter or matrices) if shares > 1 and activation_bytes < 4 else 0
     tokens = micro_batch_sequences * model.context_length
     kept = model.num_layers * activations_per_token(model)
     if recompute:
@@ -67,8 +69,8 @@ def estimate_memory(
     limit = CHUNK_LOGITS.get(device, DEFAULT_CHUNK_LOGITS)
     chunk = min(tokens // shares, max(limit // vocab_size, 128)) * vocab_size
     return Memory(
-        weights=4 * (parameters + adapter) // shards + shares * copies,
-        gradients=4 * shares * trained // shards,
+        weights=4 * (parameters + adapter) // shards + copies,
+        gradients=(4 * shares * (trained - rounded) + (4 + shares * activation_bytes) * rounded) // shards,
         optimizer=4 * moments // shards,
         activations=tokens * kept * activation_bytes,
         # One chunk's logits, their float32 copy and their gradient, and the head's gradient as it adds up.

@@ -489,9 +489,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             cast_weight = weight.to(dtype)
             hidden_gradient = torch.empty_like(hidden, dtype=dtype)
             is_learnt = ctx.needs_input_grad[1]  # not where the head is frozen
-            weight_gradient = torch.zeros_like(
-                weight if is_learnt else weight[:0], dtype=torch.float32
-            )  # chunks add up
+            weight_gradient: Tensor | None = None  # chunks add up
             total = torch.zeros((), device=hidden.device, dtype=torch.float32)
             for start in range(0, len(hidden), chunk_tokens):
                 part = hidden[start : start + chunk_tokens].to(dtype)
@@ -500,7 +498,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 total += nats
                 torch.mm(gradient, cast_weight, out=hidden_gradient[start : start + chunk_tokens])
                 if is_learnt:
-                    add_product(weight_gradient, gradient.t(), part)
+                    weight_gradient = add_product(weight_gradient, gradient.t(), part)
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         return total
@@ -509,19 +507,22 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         by_hidden = (hidden_gradient * upstream[0]).to(ctx.hidden_dtype)
-        by_weight = (weight_gradient * upstream[0]).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
+        # In place: a second gradient of the same loss, which nobody takes, would be refused.
+        by_weight = weight_gradient.mul_(upstream[0]).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
         return by_hidden, by_weight, None, None, None, None
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to a float32 `total`, in place."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    elif keeps_float32_sums(total.device):
+def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """Return a float32 `total` to which left @ right is added in place; None is nothing yet."""
+    if keeps_float32_sums(left.device) and left.dtype != torch.float32:
         # One pass: elsewhere the product is rounded to 16 bits, written, and read again to be added.
+        if total is None:
+            total = left.new_zeros(len(left), right.shape[1], dtype=torch.float32)
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:
-        total += left @ right
+        return total
+    if total is None:
+        return (left @ right).float()
+    return total.addmm_(left, right) if left.dtype == total.dtype else total.add_(left @ right)
 
 
 def keeps_float32_sums(device: torch.device) -> bool:

@@ -29,6 +29,7 @@ from model.gpu_steps import GraphedGradients, GraphedUpdate, clip
 from model.liger import liger_passes
 from model.optimizer import Optimizer
 from model.products import use_fast_products
+from model.rounded_blocks import AddGradients, RoundedBlocks, add_gradients
 
 STRATEGIES = ("none", "ddp", "fsdp")
 
@@ -99,16 +100,35 @@ class SharedLoss(LossModule):
     order, so a step gives the same bits every time.
     """
 
-    def __init__(self, model: GPT, threads: int) -> None:
+    def __init__(self, model: GPT, threads: int, precision: torch.dtype = torch.float32) -> None:
         super().__init__(model)
         self.threads = threads
+        self.rounded = None if precision == torch.float32 else RoundedBlocks(model, precision)
+        self.add_up: AddGradients = add_gradients  # `parallelize` may put it here compiled
         self._pool = ThreadPoolExecutor(MAX_SHARES, thread_name_prefix="share")
         self._compiled: set[tuple[torch.Size, int]] = set()  # batches for which there is code
 
     def add_gradients(self, batch: MicroBatch, scale: float, precision: torch.dtype) -> Tensor:
         """Add the gradients of `scale` x nats of a micro-batch to those of the weights; return the nats."""
-        shares = count_shares(self.threads, len(batch.tokens))
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        if self.rounded is None or self.rounded.precision != precision:
+            done = self._share_out(batch, scale, precision, weights)
+        else:
+            with self.rounded.in_use(weights) as rounded:
+                done = self._share_out(batch, scale, precision, rounded)
+        for weight, *parts in zip(weights, *(gradients for _, gradients in done), strict=True):
+            if parts[0].dtype == weight.dtype:
+                for part in parts:
+                    weight.grad = part if weight.grad is None else weight.grad.add_(part)
+            else:
+                weight.grad = self.add_up(weight.grad, parts)
+        return torch.stack([nats for nats, _ in done]).sum()
+
+    def _share_out(
+        self, batch: MicroBatch, scale: float, precision: torch.dtype, weights: list[nn.Parameter]
+    ) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
+        """Return the nats of each thread's sequences, and `scale` times their gradients."""
+        shares = count_shares(self.threads, len(batch.tokens))
 
         def learn(tokens: Tensor, targets: Tensor, documents: Documents | None) -> tuple[Tensor, tuple[Tensor, ...]]:
             # Sets this thread's number, MKL's for the process, and that with which later threads begin.
@@ -128,10 +148,7 @@ class SharedLoss(LossModule):
         finally:
             torch.set_num_threads(self.threads)
         self._compiled.add(kind)
-        for _, gradients in done:
-            for weight, gradient in zip(weights, gradients, strict=True):
-                weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
-        return torch.stack([nats for nats, _ in done]).sum()
+        return done
 
 
 class GraphedLoss(LossModule):
@@ -205,7 +222,9 @@ def parallelize(
         use_fast_products()
         threads = torch.get_num_threads()
         if strategy == "none" and count_shares(threads, MAX_SHARES, model.config.dropout) > 1:
-            module = SharedLoss(model, threads)
+            module = SharedLoss(model, threads, precision)
+            if module.rounded is not None:
+                blocks += [block for block in module.rounded.blocks if isinstance(block, Block)]
     elif graphs and device.type == "cuda" and strategy != "fsdp":
         module = GraphedLoss(model, is_spread=strategy == "ddp", gradient_precision=gradient_precision)
     if compile:
@@ -229,6 +248,8 @@ def parallelize(
             # Else each block is cut in two where one of DDP's buckets ends, for an overlap that the chain gives anyway.
             dynamo.optimize_ddp = False
         # The loss's chunks differ only in the last one's length.
+        if isinstance(module, SharedLoss):
+            module.add_up = torch.compile(add_gradients, dynamic=True, options=options)
         chunk_gradient = torch.compile(cross_entropy_gradient, dynamic=False, options=options)
         model.cross_entropy = partial(chunked_cross_entropy, chunk_gradient=chunk_gradient)
     if strategy == "fsdp":

@@ -70,36 +70,63 @@ class KeptAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
         queries, keys, values = (part.flatten(0, 1) for part in inputs)
-        mixed, kept = [], []
+        mixed, kept, blocks = [], [], []
         scale = queries.shape[-1] ** -0.5
         for start in range(0, queries.shape[1], KEPT_BLOCK):
             end = start + KEPT_BLOCK
-            scores = torch.bmm(queries[:, start:end], keys[:, :end].mT).float() * scale
+            block = queries[:, start:end].contiguous()  # else each product makes its own copy
+            scores = torch.bmm(block, keys[:, :end].mT).float() * scale
             seen = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).tril(start)
             probabilities = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1).to(values.dtype)
             mixed.append(torch.bmm(probabilities, values[:, :end]))
             kept.append(probabilities)
-        ctx.save_for_backward(queries, keys, values, *kept)
+            blocks.append(block)
+        ctx.save_for_backward(keys, values, *kept, *blocks)
         return torch.cat(mixed, dim=1).view(inputs[0].shape)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, ...]:
         shape = upstream[0].shape
         gradient = upstream[0].flatten(0, 1)
-        queries, keys, values, *kept = ctx.saved_tensors
-        scale = queries.shape[-1] ** -0.5
+        keys, values, *saved = ctx.saved_tensors
+        kept, blocks = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        scale = keys.shape[-1] ** -0.5
         by_queries = []
-        by_keys, by_values = (torch.zeros_like(part, dtype=torch.float32) for part in (keys, values))
-        for number, probabilities in enumerate(kept):
+        by_keys, by_values = BlockSums(KEPT_BLOCK), BlockSums(KEPT_BLOCK)
+        for number, (probabilities, queries) in enumerate(zip(kept, blocks, strict=True)):
             start, end = number * KEPT_BLOCK, number * KEPT_BLOCK + KEPT_BLOCK
-            by_values[:, :end] += torch.bmm(probabilities.mT, gradient[:, start:end])
-            by_probabilities = torch.bmm(gradient[:, start:end], values[:, :end].mT).float()
+            by_mixed = gradient[:, start:end].contiguous()
+            by_values.add(torch.bmm(probabilities.mT, by_mixed))
+            by_probabilities = torch.bmm(by_mixed, values[:, :end].mT).float()
             means = (by_probabilities * probabilities).sum(dim=-1, keepdim=True)
             by_scores = ((by_probabilities - means) * probabilities * scale).to(keys.dtype)
             by_queries.append(torch.bmm(by_scores, keys[:, :end]))
-            by_keys[:, :end] += torch.bmm(by_scores.mT, queries[:, start:end])
-        gradients = torch.cat(by_queries, dim=1), by_keys.to(keys.dtype), by_values.to(values.dtype)
+            by_keys.add(torch.bmm(by_scores.mT, queries))
+        gradients = torch.cat(by_queries, dim=1), by_keys.join(keys.dtype), by_values.join(values.dtype)
         return tuple(part.view(shape) for part in gradients)
+
+
+class BlockSums:
+    """Sums of products [B x H, keys, D], each of which covers some of the blocks of keys.
+
+    Block by block: of sums in slices of one tensor the compiler makes conditions for each element, twice as many with
+    every slice.
+    """
+
+    def __init__(self, block_tokens: int) -> None:
+        self.block_tokens = block_tokens
+        self.sums: list[Tensor] = []  # of each block, in float32
+
+    def add(self, product: Tensor, first: int = 0) -> None:
+        """Add a product over the keys from `first` on, where a block begins."""
+        for place, part in enumerate(product.split(self.block_tokens, dim=1), first // self.block_tokens):
+            if place < len(self.sums):
+                self.sums[place] = self.sums[place] + part
+            else:
+                self.sums.append(part.float())
+
+    def join(self, dtype: torch.dtype) -> Tensor:
+        return torch.cat([part.to(dtype) for part in self.sums], dim=1)
 
 
 class RecomputedAttention(torch.autograd.Function):
@@ -179,20 +206,20 @@ class AttentionInDocuments(torch.autograd.Function):
         queries, keys, values, starts, *kept = ctx.saved_tensors
         scale, length = queries.shape[-1] ** -0.5, queries.shape[1]
         by_queries = []
-        by_keys, by_values = (torch.zeros_like(part, dtype=torch.float32) for part in (keys, values))
+        by_keys, by_values = BlockSums(BLOCK_TOKENS), BlockSums(BLOCK_TOKENS)
         for number, start in enumerate(range(0, length, BLOCK_TOKENS)):
             first, end = max(0, start + BLOCK_TOKENS - ctx.reach * BLOCK_TOKENS), min(start + BLOCK_TOKENS, length)
             probabilities = kept[number]
             if not ctx.keeps:
                 scores = scores_in_documents(queries[:, start:end], keys[:, first:end], starts, start, first)
                 probabilities = (scores - probabilities).exp().to(values.dtype)
-            by_values[:, first:end] += torch.bmm(probabilities.mT, gradient[:, start:end])
+            by_values.add(torch.bmm(probabilities.mT, gradient[:, start:end]), first)
             by_probabilities = torch.bmm(gradient[:, start:end], values[:, first:end].mT).float()
             means = (by_probabilities * probabilities).sum(dim=-1, keepdim=True)
             by_scores = ((by_probabilities - means) * probabilities * scale).to(keys.dtype)
             by_queries.append(torch.bmm(by_scores, keys[:, first:end]))
-            by_keys[:, first:end] += torch.bmm(by_scores.mT, queries[:, start:end])
-        gradients = torch.cat(by_queries, dim=1), by_keys.to(keys.dtype), by_values.to(values.dtype)
+            by_keys.add(torch.bmm(by_scores.mT, queries[:, start:end]), first)
+        gradients = torch.cat(by_queries, dim=1), by_keys.join(keys.dtype), by_values.join(values.dtype)
         return *(part.view(ctx.shape) for part in gradients), None, None
 
 

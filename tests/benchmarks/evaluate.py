@@ -21,6 +21,7 @@ import torch
 from model.checkpoint import load_model, save_model
 from model.gpt import GPT
 from model.likelihood import encode_requests, score
+from model.products import use_fast_products
 from model.tokenizer import load_tokenizer, train_bpe
 from pipeline.config import load_config
 from pipeline.evaluation.evaluators import Item
@@ -94,6 +95,8 @@ def main() -> None:
 
         ways = {"ours, float32": ours(torch.float32), "ours, bfloat16": ours(torch.bfloat16)}
         peer = time_lm_eval(folder, items, options.batch_size)
+        use_fast_products()
+        own_products, torch_products = torch.get_float32_matmul_precision(), "highest"
         if peer is None:
             print("lm-eval is missing: pip install -e '.[peers-evaluate]'", file=sys.stderr)
         else:
@@ -102,10 +105,13 @@ def main() -> None:
         whole_seconds = None
         for number in range(options.rounds):
             if options.whole and number == options.rounds // 2:
+                torch.set_float32_matmul_precision(own_products)
                 began = time.perf_counter()
                 ours(torch.bfloat16, all_texts)()
                 whole_seconds = time.perf_counter() - began
             for name, way in ways.items():
+                # The choice of a library is the process's; lm-eval by itself leaves PyTorch's own.
+                torch.set_float32_matmul_precision(torch_products if way is peer else own_products)
                 began = time.perf_counter()
                 way()
                 seconds[name].append(time.perf_counter() - began)

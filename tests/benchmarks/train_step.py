@@ -80,6 +80,7 @@ def our_step(options: argparse.Namespace, is_compiled: bool) -> Callable[[], Any
     module = parallelize(
         model,
         compile=is_compiled,
+        precision=precision,
         recompute=options.recompute,
         graphs=options.graphs,
         pointwise=options.pointwise,

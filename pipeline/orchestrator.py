@@ -8,6 +8,8 @@ import importlib
 import math
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import zip_longest
 from typing import Any, Protocol, cast
 
 from pipeline import lease, tracking
@@ -24,7 +26,8 @@ class StageModule(Protocol):
 
     One whose result also lives elsewhere has `still_holds(config, manifest) -> bool` besides; one that makes several
     artifacts has `parts(config, inputs) -> list[Artifact]`; one that knows what to do about a result of other settings
-    has `advise(artifact) -> str`.
+    has `advise(artifact) -> str`; one whose processes take long to start has `get_ready(config)`, which is called while
+    the stage before it runs.
     """
 
     FORMAT_VERSION: int
@@ -85,8 +88,9 @@ def run(
     artifacts = locate(config)
     manifests: dict[str, Manifest] = {}
     again = is_asked = False
-    with lease.hold(config.storage, config.name) as held:
-        for stage in STAGES:
+    getting_ready: Future[None] | None = None
+    with lease.hold(config.storage, config.name) as held, ThreadPoolExecutor(1) as beside:
+        for stage, following in zip_longest(STAGES, list(STAGES)[1:]):
             again = again or stage == first
             if only not in (None, stage):
                 continue
@@ -106,11 +110,21 @@ def run(
                     for each in (artifact, *_parts(stage, config, inputs)):
                         each.delete()
                 report(f"{stage:<9} …")
+                if getting_ready is not None:
+                    getting_ready.result()
                 began = time.monotonic()
+                if only is None and following is not None:
+                    getting_ready = beside.submit(_get_ready, following, config)
                 manifest = _run_through_outages(stage, config, inputs, artifact, report)
                 report(f"{stage:<9} done in {_duration(time.monotonic() - began)}: {artifact.url}")
             manifests[stage] = manifest
     return manifests
+
+
+def _get_ready(stage: str, config: Config) -> None:
+    start = getattr(module_of(stage), "get_ready", None)
+    if start is not None:
+        start(config)
 
 
 def _run_through_outages(

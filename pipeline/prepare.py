@@ -7,17 +7,16 @@ Where the input is cut depends on the input alone (corpus/files.py), and each un
 """
 
 import hashlib
-import io
 import posixpath
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,15 +28,24 @@ from model.chat import CHAT_TEMPLATE, TEMPLATE_FILE, ChatTemplate, load_template
 from model.tokenizer import Tokenizer, load_tokenizer
 from pipeline.artifacts import MANIFEST, Artifact, FileRecord, Manifest, Recipe, artifact_at
 from pipeline.config import Config, result_settings
-from pipeline.corpus import card, cleaning, conversations
+from pipeline.corpus import card, cleaning, conversations, duplicates
 from pipeline.corpus.contamination import REASON, RUNS, Runs, keep_runs, load_runs
 from pipeline.corpus.files import Listing, Slice, fingerprint_part, listing_of, slices
 from pipeline.corpus.formats import REPLACED, read
 from pipeline.corpus.members import MIX, Member, note_members
 from pipeline.corpus.omissions import EMPTY, LEAST_VALIDATION_DOCUMENTS, warn, warn_of_share
-from pipeline.corpus.progress import Progress
 from pipeline.corpus.shards import ShardWriter
-from pipeline.corpus.units import SPLITS, PreparePlan, Tally, Task, Unit, read_records, run_units, sum_tallies
+from pipeline.corpus.units import (
+    SPLITS,
+    PreparePlan,
+    Tally,
+    Task,
+    Unit,
+    read_records,
+    run_units,
+    start_ahead,
+    sum_tallies,
+)
 from pipeline.evaluation.comparison import FEWEST_DOCUMENTS
 from pipeline.evaluation.tasks import load_task, parse_entries
 
@@ -98,8 +106,11 @@ def run(config: Config, inputs: Mapping[str, Artifact], output: Artifact) -> Man
     if runs is not None:
         plan = replace(plan, runs=RUNS)
     if config.prepare.drop_exact_duplicates or config.prepare.drop_near_duplicates:
-        plan = _find_duplicates(plan, found, there)
-    tallies = _prepare_all(plan, found, read_records(plan, there, PREPARE))
+        signed = list(run_units(plan, found, read_records(plan, there, SIGN), SIGN))
+        plan = duplicates.find(plan, signed, there)
+    with ThreadPoolExecutor(1) as beside:  # while the driver waits for its workers
+        beside.submit(_load_what_comes_last, plan)
+        tallies = _prepare_all(plan, found, read_records(plan, there, PREPARE))
     total = first = sum_tallies(tallies)
     if total.documents == 0:
         output.delete()  # a later run could not use any of it
@@ -231,22 +242,9 @@ def _prepare_all(plan: PreparePlan, found: list[Slice], finished: Mapping[str, T
     return run_units(plan, found, still_valid, PREPARE)
 
 
-def _find_duplicates(plan: PreparePlan, found: list[Slice], there: Mapping[str, int]) -> PreparePlan:
-    """Sign every document, then compare partition by partition; return the plan that knows the duplicates."""
-    names = list(run_units(plan, found, read_records(plan, there, SIGN), SIGN))
-    chosen = {cleaning.EXACT: plan.settings.drop_exact_duplicates, cleaning.NEAR: plan.settings.drop_near_duplicates}
-    wanted = {
-        f"work/{kind}-{partition:05d}.duplicates.parquet": (kind, partition)
-        for kind, is_chosen in chosen.items()
-        for partition in range(plan.partitions if is_chosen else 0)
-    }
-    waiting = [_compare.remote(plan, name, *wanted[name], names) for name in wanted if name not in there]
-    with Progress("compare", len(wanted), " partitions", done=len(wanted) - len(waiting)) as progress:
-        while waiting:
-            ready, waiting = ray.wait(waiting)
-            ray.get(ready)
-            progress.add(len(ready))
-    return replace(plan, duplicates=tuple(wanted))
+def _load_what_comes_last(plan: PreparePlan) -> None:
+    load_tokenizer_of(plan.tokenizer)
+    card.load_plotting()
 
 
 def _merge_val(plan: PreparePlan, tallies: Mapping[str, Tally]) -> dict[str, FileRecord]:
@@ -294,7 +292,7 @@ def prepare_unit(plan: PreparePlan, unit: Unit) -> Tally:
     is_talk = bool(plan.chat_template)
     train = ShardWriter(plan.output, f"train/{unit.name}-{{:03d}}.parquet", tokenizer, most_tokens, is_talk)
     val = ShardWriter(plan.output, f"work/{unit.name}.val.parquet", tokenizer, conversations=is_talk)
-    doomed = _read_duplicates(plan, unit.name)
+    doomed = duplicates.read(plan, unit.name)
     documents = _clean_documents(plan, unit, tally)
     while batch := list(islice(documents, DOCUMENTS_PER_BATCH)):
         kept = []
@@ -356,7 +354,8 @@ def sign_unit(plan: PreparePlan, unit: Unit) -> Tally:
             yield position, text
 
     for kind, content in cleaning.sign_documents(documents(), plan.settings, plan.partitions):
-        tally.files[_hashes(unit.name, kind)] = plan.output.write_bytes(_hashes(unit.name, kind), content)
+        name = duplicates.hashes(unit.name, kind)
+        tally.files[name] = plan.output.write_bytes(name, content)
     return tally
 
 
@@ -376,42 +375,6 @@ def _clean_documents(plan: PreparePlan, unit: Unit, tally: Tally) -> Iterator[tu
             tally.dropped[reason] += 1
         else:
             yield position, text, note
-
-
-@ray.remote(num_cpus=1)
-def _compare(plan: PreparePlan, name: str, kind: str, partition: int, units: list[str]) -> None:
-    """Find the duplicates of one partition of the hashes, and write them down by unit."""
-
-    def open_units() -> Iterator[IO[bytes]]:
-        for unit in units:
-            with plan.output.filesystem.open(plan.output.file(_hashes(unit, kind)), "rb") as handle:
-                yield handle
-
-    found = cleaning.find_duplicates(kind, partition, open_units(), plan.settings.near_duplicate_similarity)
-    rows = [(units[unit], position) for unit in sorted(found) for position in sorted(found[unit])]
-    columns = {
-        "unit": pa.array([unit for unit, _ in rows], pa.string()),
-        "position": [position for _, position in rows],
-    }
-    sink = io.BytesIO()
-    pq.write_table(pa.table(columns), sink, row_group_size=10_000)  # so that a unit's reader skips most of them
-    plan.output.write_bytes(name, sink.getvalue())
-
-
-def _read_duplicates(plan: PreparePlan, unit: str) -> dict[int, str]:
-    """Return which documents of a unit to drop as duplicates, and as which kind: position -> reason."""
-    reasons: dict[int, str] = {}
-    for name in plan.duplicates:
-        with plan.output.filesystem.open(plan.output.file(name), "rb") as handle:
-            table = pq.read_table(handle, columns=["position"], filters=[("unit", "==", unit)])
-        kind = posixpath.basename(name).rpartition("-")[0]
-        for position in table.column("position").to_pylist():
-            reasons.setdefault(position, kind)
-    return reasons
-
-
-def _hashes(unit: str, kind: str) -> str:
-    return f"work/{unit}.{kind}.hashes.parquet"
 
 
 @ray.remote(num_cpus=1)
@@ -448,3 +411,4 @@ def _load(url: str, artifact: Artifact) -> tuple[Tokenizer, ChatTemplate]:
 
 PREPARE = Task("prepare", ".unit.json", prepare_unit)
 SIGN = Task("clean", ".signed.json", sign_unit)
+get_ready = partial(start_ahead, PREPARE)

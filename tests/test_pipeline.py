@@ -1,6 +1,7 @@
 """The demo preset made smaller, from text to a registered model, and what a user sees of it from outside."""
 
 import json
+import threading
 from pathlib import Path
 
 import mlflow
@@ -11,7 +12,7 @@ import torch
 import transformers
 
 from model.checkpoint import load_model
-from pipeline import orchestrator
+from pipeline import orchestrator, prepare
 from pipeline.config import Config, load_config
 from pipeline.stages import STAGES
 
@@ -110,6 +111,27 @@ def test_a_stage_alone_asks_for_the_ones_before_it(config, ray_session):
     other = replace(config, tokenizer=replace(config.tokenizer, vocabulary_size=280))
     with pytest.raises(ValueError, match="prepare needs the tokenizer stage"):
         orchestrator.run(other, only="prepare")
+
+
+def test_the_next_stage_gets_ready_while_one_runs(config, ray_session, monkeypatch):
+    from dataclasses import replace
+
+    begun = threading.Event()
+    monkeypatch.setattr(prepare, "get_ready", lambda config: begun.set())
+
+    def run(stage: str, *rest: object) -> None:
+        assert stage == "tokenizer"
+        assert begun.wait(20)
+        raise ValueError("that will do")
+
+    monkeypatch.setattr(orchestrator, "_run_through_outages", run)
+    other = replace(config, tokenizer=replace(config.tokenizer, vocabulary_size=281))
+    with pytest.raises(ValueError, match="that will do"):
+        orchestrator.run(other)
+    begun.clear()
+    monkeypatch.setattr(orchestrator, "_run_through_outages", lambda stage, *rest: begun.wait(0.2))
+    orchestrator.run(other, only="tokenizer")
+    assert not begun.is_set(), "nothing comes after it"
 
 
 def test_any_parquet_reader_decodes_the_documents_exactly(artifacts, manifests):

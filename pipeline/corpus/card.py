@@ -242,14 +242,20 @@ def _describe_decontamination(counts: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _draw(lengths: list[int], tokenizer: str) -> bytes:
+def load_plotting() -> tuple[Any, Any]:
+    """Load matplotlib, which takes a quarter of a second; returns its canvas and its figure."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    return FigureCanvasAgg, Figure
+
+
+def _draw(lengths: list[int], tokenizer: str) -> bytes:
+    canvas, figure_of = load_plotting()
     used = [power for power, count in enumerate(lengths) if count]
     powers = range(used[0], used[-1] + 1)
-    figure = Figure(figsize=(8, 4.5), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figure_of(figsize=(8, 4.5), dpi=100, layout="constrained")
+    canvas(figure)
     axes = figure.add_subplot()
     axes.bar(range(len(powers)), [lengths[power] for power in powers], width=0.9, color="#3b6ea5")
     axes.set_xticks(range(len(powers)), [f"< {2**power:,}" for power in powers], rotation=45, ha="right")

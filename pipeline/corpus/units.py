@@ -13,6 +13,7 @@ import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import ray.data
 
 from pipeline.artifacts import Artifact, FileRecord
-from pipeline.config import PrepareConfig, SourceConfig
+from pipeline.config import Config, PrepareConfig, SourceConfig
 from pipeline.corpus.files import Slice
 from pipeline.corpus.formats import Piece, read_pieces
 from pipeline.corpus.omissions import Omissions
@@ -34,6 +35,11 @@ DATA_SETTINGS = {
     "print_on_execution_start": False,
     "target_max_block_size": 2**20,  # so that each piece of a stream is a block, and so a task, of its own
 }
+# Where names go into tasks and tallies come out, Ray Data need not hold tasks back for the memory between them. Ray has
+# every unit at once then, and gives a CPU the next one in 0.01 s. Else 0.1 s pass between two, and in the first second
+# only one unit runs, because Ray Data asks for the cluster's size once a second and does not know it at first.
+UNLIMITED = {"op_resource_reservation_enabled": False}
+MOST_UNITS_AT_ONCE = 1000  # that Ray has, running and waiting; its driver looks at each of them again and again
 
 
 @dataclass(frozen=True)
@@ -190,37 +196,65 @@ def run_units(plan: PreparePlan, found: list[Slice], finished: Mapping[str, Tall
 
 def _outcomes(plan: PreparePlan, to_do: list[Slice], done: frozenset[str], task: Task) -> Iterator[Outcome]:
     """The Ray Data pipeline: slices, those that are streams cut into pieces, then one task for each unit."""
-    context = ray.data.DataContext.get_current()
-    before = {name: getattr(context, name) for name in DATA_SETTINGS}
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    try:
-        for name, value in DATA_SETTINGS.items():
-            setattr(context, name, value)
-        _start_workers(plan, len(to_do), task)
+    has_streams = any(slice_.is_stream for slice_ in to_do)
+    with _data_settings(DATA_SETTINGS if has_streams else DATA_SETTINGS | UNLIMITED):
+        _start_workers(plan.settings.workers, len(to_do), task)
         rows = [{"unit": Unit(slice_.name, slice_)} for slice_ in to_do]
         dataset: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-        if any(slice_.is_stream for slice_ in to_do):
+        if has_streams:
             # Cutting reserves no CPU: of two it would leave only one to tokenize with.
             cut = partial(_cut, plan=plan, done=done)
             readers = ray.data.TaskPoolStrategy(min(2, len(rows)))
             dataset = dataset.map_batches(cut, batch_size=1, num_cpus=0, compute=readers)
-        pool = ray.data.TaskPoolStrategy(plan.settings.workers or None)
+        most = plan.settings.workers
+        if not has_streams:  # of which nobody knows how many pieces they have
+            most = min(most or max(MOST_UNITS_AT_ONCE, 4 * _count_cpus()), len(rows))
+        pool = ray.data.TaskPoolStrategy(most or None)
         dataset = dataset.map_batches(partial(_work, plan=plan, task=task), batch_size=1, num_cpus=1, compute=pool)
         for row in dataset.iter_rows():
             yield row["outcome"]
+
+
+@contextmanager
+def _data_settings(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Have Ray Data go by these inside, without its own log."""
+    context = ray.data.DataContext.get_current()
+    before = {name: getattr(context, name) for name in settings}
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    try:
+        for name, value in settings.items():
+            setattr(context, name, value)
+        yield
     finally:
         for name, value in before.items():
             setattr(context, name, value)
 
 
-def _start_workers(plan: PreparePlan, units: int, task: Task) -> None:
+def start_ahead(task: Task, config: Config) -> None:
+    """Start what the units of a task will run in, while another stage is running.
+
+    A worker takes a second of a core until it has loaded what a unit needs, and so do two actors of Ray Data's, which
+    it starts with its first dataset and keeps.
+    """
+    if not ray.is_initialized():
+        return
+    _start_workers(config.prepare.workers, 2**16, task)
+    with _data_settings(DATA_SETTINGS | UNLIMITED):
+        ray.data.from_items([0]).map_batches(_pass_on, num_cpus=0).materialize()
+
+
+def _start_workers(workers: int, units: int, task: Task) -> None:
     """Let processes get ready before the first unit, without waiting for them.
 
     Ray has as many idle ones as there are CPUs, and Ray Data's own actors would take those before any unit comes.
     """
-    here = int(ray.cluster_resources().get("CPU", 0))
-    for _ in range(min(units, here, plan.settings.workers or here)):
-        _get_ready.remote(task)
+    here = _count_cpus()
+    for _ in range(min(units, here, workers or here)):
+        _load.remote(task)
+
+
+def _count_cpus() -> int:
+    return int(ray.cluster_resources().get("CPU", 0))
 
 
 def _read_streams(plan: PreparePlan, found: list[Slice]) -> dict[str, int]:
@@ -236,8 +270,12 @@ def _read_streams(plan: PreparePlan, found: list[Slice]) -> dict[str, int]:
 
 
 @ray.remote(num_cpus=1)
-def _get_ready(task: Task) -> None:
+def _load(task: Task) -> None:
     """Load what a unit of the task needs: unpickling the task does."""
+
+
+def _pass_on(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    return batch
 
 
 def _cut(batch: Mapping[str, Any], plan: PreparePlan, done: frozenset[str]) -> Iterator[dict[str, np.ndarray]]:

@@ -19,6 +19,7 @@ import textwrap
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +102,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         text_bytes = write_corpus(folder / "corpus", read_texts(options.text), options.megabytes)
-        bare, ours, rss = [], [], 0.0
+        bare, ours, ours_alone, rss = [], [], [], 0.0
         for round_number in range(options.rounds):
             bare.append(time_tiktoken(folder / "corpus", options.tokenizer))
-            seconds, peak = time_prepare(folder, options.tokenizer, round_number)
-            ours.append(seconds)
-            rss = max(rss, peak)
+            for alone, times in ((False, ours), (True, ours_alone)):
+                storage = folder / f"storage{round_number}{'alone' * alone}"
+                taken_seconds, peak = time_prepare(folder, options.tokenizer, storage, alone=alone)
+                times.append(taken_seconds)
+                rss = max(rss, peak)
         seconds: dict[str, float | None] = {
             "tiktoken alone": statistics.median(bare),
             "prepare": statistics.median(ours),
+            "prepare alone": statistics.median(ours_alone),
         }
         if not options.skip_peers:
             tokenizer_file = next((folder / "storage0").glob("*/tokenizer-*/tokenizer.json"))
@@ -127,8 +131,8 @@ def main() -> None:
             print(f"{name:<16}{taken:>10.1f}{text_bytes / 1e6 / taken:>10.2f}{share:>14.2f}")
     print(f"most memory in one worker of prepare: {rss:.2f} GB")
 
-    def ratio(name: str) -> float | None:
-        other, mine = seconds.get(name), seconds["prepare"]
+    def ratio(name: str, ours: str = "prepare") -> float | None:
+        other, mine = seconds.get(name), seconds[ours]
         return round(other / mine, 3) if other and mine else None
 
     print(
@@ -138,6 +142,7 @@ def main() -> None:
                 "megabytes_per_second": round(text_bytes / 1e6 / statistics.median(ours), 2),
                 "tiktoken_megabytes_per_second": round(text_bytes / 1e6 / statistics.median(bare), 2),
                 "ratio_to_tiktoken": ratio("tiktoken alone"),
+                "ratio_to_tiktoken_alone": ratio("tiktoken alone", "prepare alone"),
                 "ratio_to_datatrove": ratio("datatrove"),
                 "ratio_to_datasets_map": ratio("datasets.map"),
                 "peak_worker_rss_gigabytes": round(rss, 2),
@@ -196,17 +201,33 @@ def time_tiktoken(corpus: Path, name: str) -> float:
         return max(half.result() for half in halves)
 
 
-def time_prepare(folder: Path, tokenizer: str, round_number: int) -> tuple[float, float]:
-    """The whole stage in a fresh Ray, from its call to its manifest; and the most memory of one worker, in GB."""
+class Enough(Exception):
+    """Prepare is done, and the stages after it are not asked for."""
+
+
+def time_prepare(folder: Path, tokenizer: str, storage: Path, *, alone: bool) -> tuple[float, float]:
+    """The whole stage in a fresh Ray, from its call to its manifest; and the most memory of one worker, in GB.
+
+    In a pipeline the tokenizer's stage comes before it, while which it gets ready; `alone` nothing does.
+    """
     import ray
 
     from pipeline import orchestrator
     from pipeline.config import load_config
 
-    storage = folder / f"storage{round_number}"
     overrides = ["source.kind=files", f"source.paths=[{folder / 'corpus'}]", f"tokenizer.kind={tokenizer}"]
     config = load_config(None, ["name=benchmark", f"storage={storage}", *overrides])
     ray.init(address="local", num_cpus=PROCESSES, log_to_driver=False, configure_logging=False, include_dashboard=False)
+    began = 0.0
+
+    def note(line: str) -> None:
+        nonlocal began
+        if line.startswith("train"):
+            raise Enough
+        if line.startswith("prepare") and line.endswith("…"):
+            threading.Thread(target=watch, daemon=True).start()
+            began = time.time()
+
     peak = 0
     stopped = threading.Event()
 
@@ -221,10 +242,12 @@ def time_prepare(folder: Path, tokenizer: str, round_number: int) -> tuple[float
                     continue
 
     try:
-        orchestrator.run(config, only="tokenizer")
-        threading.Thread(target=watch, daemon=True).start()
-        began = time.time()
-        orchestrator.run(config, only="prepare")
+        if alone:
+            orchestrator.run(config, only="tokenizer", report=note)
+            orchestrator.run(config, only="prepare", report=note)
+        else:
+            with suppress(Enough):
+                orchestrator.run(config, report=note)
         # To the manifest: the entry in MLflow comes after it, and its database is made at the first use.
         finished = next(storage.glob("*/prepare-*/manifest.json")).stat().st_mtime
     finally:

@@ -1,4 +1,4 @@
-"""Matrices that are rounded once for all threads learn what each thread's own copies do, to the last bit."""
+"""Matrices that are rounded once for all threads learn what each thread's own copies do: eager, to the last bit."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -198,7 +198,7 @@ def _outcomes(plan: PreparePlan, to_do: list[Slice], done: frozenset[str], task:
     """The Ray Data pipeline: slices, those that are streams cut into pieces, then one task for each unit."""
     has_streams = any(slice_.is_stream for slice_ in to_do)
     with _data_settings(DATA_SETTINGS if has_streams else DATA_SETTINGS | UNLIMITED):
-        _start_workers(plan.settings.workers, len(to_do), task)
+        _start_workers(task, min(len(to_do), plan.settings.workers or len(to_do)))
         rows = [{"unit": Unit(slice_.name, slice_)} for slice_ in to_do]
         dataset: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
         if has_streams:
@@ -238,18 +238,18 @@ def start_ahead(task: Task, config: Config) -> None:
     """
     if not ray.is_initialized():
         return
-    _start_workers(config.prepare.workers, 2**16, task)
+    _start_workers(task, config.prepare.workers)
     with _data_settings(DATA_SETTINGS | UNLIMITED):
         ray.data.from_items([0]).map_batches(_pass_on, num_cpus=0).materialize()
 
 
-def _start_workers(workers: int, units: int, task: Task) -> None:
-    """Let processes get ready before the first unit, without waiting for them.
+def _start_workers(task: Task, most: int) -> None:
+    """Let processes get ready before the first unit, without waiting for them: one for each CPU, or `most` if not 0.
 
     Ray has as many idle ones as there are CPUs, and Ray Data's own actors would take those before any unit comes.
     """
-    here = _count_cpus()
-    for _ in range(min(units, here, workers or here)):
+    cpus = _count_cpus()
+    for _ in range(min(cpus, most or cpus)):
         _load.remote(task)
 
 

@@ -208,7 +208,7 @@ class Enough(Exception):
 def time_prepare(folder: Path, tokenizer: str, storage: Path, *, alone: bool) -> tuple[float, float]:
     """The whole stage in a fresh Ray, from its call to its manifest; and the most memory of one worker, in GB.
 
-    In a pipeline the tokenizer's stage comes before it, while which it gets ready; `alone` nothing does.
+    In a pipeline it gets ready while the tokenizer's stage before it runs; `alone` it cannot.
     """
     import ray
 

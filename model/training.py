@@ -247,9 +247,9 @@ def parallelize(
 
             # Else each block is cut in two where one of DDP's buckets ends, for an overlap that the chain gives anyway.
             dynamo.optimize_ddp = False
-        # The loss's chunks differ only in the last one's length.
         if isinstance(module, SharedLoss):
-            module.add_up = torch.compile(add_gradients, dynamic=True, options=options)
+            module.add_up = torch.compile(add_gradients, dynamic=True, options=options)  # one code for all shapes
+        # The loss's chunks differ only in the last one's length.
         chunk_gradient = torch.compile(cross_entropy_gradient, dynamic=False, options=options)
         model.cross_entropy = partial(chunked_cross_entropy, chunk_gradient=chunk_gradient)
     if strategy == "fsdp":
